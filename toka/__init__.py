@@ -1,0 +1,1 @@
+"""toka: a compiler-driven LLM inference engine."""

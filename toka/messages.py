@@ -1,0 +1,151 @@
+"""What the API process and the engine process say to each other: small msgspec structs, arrays as bytes (floor 1, no torch).
+
+Down go Submit, Abort, Ping, Drain and Shutdown; up come Ready, StepOutputs, Rejected, Pong and Fatal. Each ZeroMQ message is one
+msgpack-encoded struct; the tag says which. Token ids travel as little-endian int32 bytes, never as lists of Python ints.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from toka.params import SamplingParams
+
+
+class FinishReason(enum.IntEnum):
+    """Why a request ended; NONE = it goes on."""
+
+    NONE = 0
+    STOP = 1  # an end-of-sequence or stop token (which is the last token sent)
+    LENGTH = 2  # max_tokens, or the context is full
+    ABORT = 3  # the client left or a stop string was found above
+    ERROR = 4  # the engine could not go on with this request
+
+
+# ---------------------------------------------------------------------------------------------------------------- down
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
+    """A prompt to generate from. Its `sampling.n` samples get the ids request_id, request_id + 1, ... request_id + n - 1.
+
+    prompt: int32 token ids as bytes. stop_token_ids: every id that ends a sample (the model's own end tokens included unless
+    ignore_eos), so that the engine needs no tokenizer. cache_salt: prefixes are shared only under the same salt.
+    priority: lower runs earlier; ties in arrival order. seed: resolved, never None (sample i uses seed + i).
+    """
+
+    request_id: int
+    prompt: bytes
+    sampling: SamplingParams
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    """End these requests now; ids that are unknown or already over are ignored. No output follows for them."""
+
+    request_ids: list[int]
+
+
+class Ping(msgspec.Struct, tag="ping", frozen=True):
+    """Ask the engine's own loop for a sign of life; answered by Pong with the same nonce."""
+
+    nonce: int
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """Leave the loop and exit with status 0. What still runs is dropped (the API process drains first)."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ up
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    """Sent once: the warmup is over and the engine is frozen. Sizes in tokens unless named otherwise.
+
+    max_request_tokens: prompt + output that one request can hold (context and KV cache both considered).
+    startup_s: seconds per warmup phase, in order. report: the warmup report as a JSON-able dict.
+    """
+
+    vocab_size: int
+    max_context_tokens: int
+    max_request_tokens: int
+    num_kv_blocks: int
+    block_size: int
+    dtype: str
+    device: str
+    startup_s: dict[str, float]
+    report: dict[str, object]
+
+
+class StepOutputs(msgspec.Struct, tag="step", frozen=True, kw_only=True):
+    """All tokens of one step, packed: entry i is one token (or the end without a token) of request_ids[i].
+
+    request_ids: int64 bytes. token_ids: int32 bytes, -1 = no token (ended by ERROR or by a limit hit before a token).
+    finish: uint8 bytes of FinishReason. cached: int32 bytes, prompt tokens taken from the prefix cache, valid on a request's
+    first entry. stats: the engine's gauges after the step.
+    """
+
+    request_ids: bytes
+    token_ids: bytes
+    finish: bytes
+    cached: bytes
+    stats: EngineStats
+
+
+class Rejected(msgspec.Struct, tag="rejected", frozen=True, kw_only=True):
+    """The engine refuses a Submit as a whole (it could never fit); no other output follows for its ids."""
+
+    request_id: int
+    message: str
+    param: str | None
+    status: int
+
+
+class Pong(msgspec.Struct, tag="pong", frozen=True):
+    nonce: int
+    stats: EngineStats
+
+
+class Fatal(msgspec.Struct, tag="fatal", frozen=True, kw_only=True):
+    """The engine is about to exit. config_error: the user can mend it (exit status 2), else it is a failure (status 1)."""
+
+    message: str
+    config_error: bool
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and counters of one engine since start; counters end in _total."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0  # free to take at once, cached or not
+    num_blocks: int = 0
+    num_steps_total: int = 0
+    prompt_tokens_total: int = 0  # computed or taken from the cache
+    cached_prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    compiles_after_ready_total: int = 0
+
+
+ToEngine = Submit | Abort | Ping | Shutdown
+FromEngine = Ready | StepOutputs | Rejected | Pong | Fatal
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def pack_tokens(token_ids: list[int] | npt.NDArray[np.integer]) -> bytes:
+    """Token ids as little-endian int32 bytes."""
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def unpack_tokens(data: bytes) -> npt.NDArray[np.int32]:
+    """The read-only int32 array behind `pack_tokens`."""
+    return np.frombuffer(data, dtype="<i4")

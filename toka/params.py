@@ -1,0 +1,73 @@
+"""How one request wants its tokens drawn: a frozen value, checked once at the edge (floor 1, no torch)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+from toka.errors import RequestError
+
+MAX_SAMPLES_PER_REQUEST = 128
+MAX_STOP_TOKEN_IDS = 16  # the width of the sampler's table of token ids that min_tokens holds back
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Sampling settings of one request; the defaults are those of OpenAI's API.
+
+    n: independent samples of one prompt.
+    max_tokens: tokens to generate at most; None = as many as the context allows.
+    min_tokens: before so many tokens no end-of-sequence or stop token can be drawn and no stop string ends the request.
+    temperature: 0 = greedy. top_k: 0 = off. top_p: 1 = off. min_p: 0 = off, else drop tokens whose probability is below
+        min_p times that of the likeliest token. Filters apply in this order: temperature, top_k, top_p, min_p.
+    seed: same seed, same prompt, same settings = same tokens, whatever else runs; None = drawn per request.
+    stop: strings that end the text, not part of it. stop_token_ids: token ids that end it (at most 16).
+    ignore_eos: go on past the model's own end-of-sequence tokens.
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def check(self) -> SamplingParams:
+        """Return self, or raise RequestError naming the field that is out of range."""
+        _require(1 <= self.n <= MAX_SAMPLES_PER_REQUEST, "n", f"must be between 1 and {MAX_SAMPLES_PER_REQUEST}", self.n)
+        if self.max_tokens is not None:
+            _require(self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
+        _require(self.min_tokens >= 0, "min_tokens", "must be 0 or more", self.min_tokens)
+        if self.max_tokens is not None:
+            _require(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens", self.min_tokens)
+        _require(
+            math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0,
+            "temperature",
+            "must be a finite number from 0 to 100",
+            self.temperature,
+        )
+        _require(0 <= self.top_k < 2**31, "top_k", "must be 0 (off) or more", self.top_k)
+        _require(0.0 < self.top_p <= 1.0, "top_p", "must be above 0 and at most 1", self.top_p)
+        _require(0.0 <= self.min_p <= 1.0, "min_p", "must be between 0 and 1", self.min_p)
+        if self.seed is not None:
+            _require(-(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits", self.seed)
+        _require(all(self.stop), "stop", "must not contain an empty string", "")
+        _require(
+            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+            "stop_token_ids",
+            f"can hold at most {MAX_STOP_TOKEN_IDS} ids",
+            len(self.stop_token_ids),
+        )
+        _require(all(0 <= t < 2**31 for t in self.stop_token_ids), "stop_token_ids", "must hold token ids", "")
+        return self
+
+
+def _require(holds: bool, param: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise RequestError(f"{param} {rule}, got {str(value)[:40]}.", param)

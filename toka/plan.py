@@ -1,0 +1,93 @@
+"""What goes down to the runner each step and what comes back: flat numpy arrays, no object per request (floor 1, no torch).
+
+Legend: R rows scheduled this step, T tokens scheduled this step. A *row* is a request's index in the request table and in every
+table that lives on the device; it stays the same as long as the request runs. Nothing here is padded: the runner pads to its bucket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """Sampling settings of rows that begin (or begin again) to run in this step; they stay on the device until replaced.
+
+    rows int32 [C]; temperature, top_p, min_p float32 [C]; top_k int32 [C]; seed int64 [C];
+    held_back_ids int32 [C, MAX_STOP_TOKEN_IDS]: token ids that may not be drawn while the position of the token to be drawn is
+    below held_back_until int32 [C] (min_tokens); -1 fills unused places.
+    """
+
+    rows: I32
+    temperature: F32
+    top_k: I32
+    top_p: F32
+    min_p: F32
+    seed: I64
+    held_back_ids: I32
+    held_back_until: I32
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTableChanges:
+    """Entries to set in the device's block table before the step: table[rows[i], columns[i]] = blocks[i]; int32 [C] each."""
+
+    rows: I32
+    columns: I32
+    blocks: I32
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One step.
+
+    step: a number that only grows; results carry it back.
+    rows: int32 [R], distinct. query_start: int32 [R + 1], row i owns tokens query_start[i] .. query_start[i + 1] - 1, at least one.
+    token_ids: int32 [T]; a value below zero, -1 - row, stands for the token which that row sampled last (still on the device).
+    seq_lens: int32 [R], tokens of the request in the KV cache once this step ran; so the last token of row i stands at position
+    seq_lens[i] - 1 and its first at seq_lens[i] - (query_start[i + 1] - query_start[i]).
+    samples: bool [R], whether the token drawn after row i's last token is wanted (False in the middle of a prefill).
+    table, settings: changes of the tables on the device, applied in this order before the step runs.
+    """
+
+    step: int
+    rows: I32
+    query_start: I32
+    token_ids: I32
+    seq_lens: I32
+    samples: npt.NDArray[np.bool_]
+    table: BlockTableChanges
+    settings: RowSettings
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def positions(self) -> I32:
+        """Position in its request of every token; int32 [T]."""
+        lens = np.diff(self.query_start)
+        first = self.seq_lens - lens
+        return np.repeat(first - self.query_start[:-1], lens).astype(np.int32) + np.arange(self.num_tokens, dtype=np.int32)
+
+    def token_rows(self) -> I32:
+        """Row of every token; int32 [T]."""
+        return np.repeat(self.rows, np.diff(self.query_start))
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the step with the same number drew: sampled int32 [R], in the plan's row order (meaningless where samples is False)."""
+
+    step: int
+    sampled: I32

@@ -40,7 +40,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> SamplingParams:
         """Return self, or raise RequestError naming the field that is out of range."""
-        _require(1 <= self.n <= MAX_SAMPLES_PER_REQUEST, "n", f"must be between 1 and {MAX_SAMPLES_PER_REQUEST}", self.n)
+        _require(
+            1 <= self.n <= MAX_SAMPLES_PER_REQUEST, "n", f"must be between 1 and {MAX_SAMPLES_PER_REQUEST}", self.n
+        )
         if self.max_tokens is not None:
             _require(self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
         _require(self.min_tokens >= 0, "min_tokens", "must be 0 or more", self.min_tokens)

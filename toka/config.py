@@ -1,0 +1,281 @@
+"""Everything that can be set, frozen (floor 0). `Config` is what the user says, `ResolvedConfig` what will be done.
+
+This file alone reads os.environ. Environment variables: TOKA_CACHE moves the cache directory, TOKA_API_KEY sets the API key,
+CXX names the C++ compiler, HF_HUB_OFFLINE=1 forbids the hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from toka.errors import ConfigError
+
+DEFAULT_PORT = 10210
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def flag(default: Any, help: str, unit: str = "", aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
+    """A field of `Config`: its default, one line of help, the unit of its value, other spellings, the values allowed."""
+    return field(default=default, metadata={"help": help, "unit": unit, "aliases": aliases, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The flags of `toka key=value`. None means: chosen when the model and the device are known (see `resolve`)."""
+
+    # model
+    model: str = flag("default", "directory, FILE.gguf, hub id, or `default` (SmolLM2-135M-Instruct)")
+    tokenizer: str | None = flag(
+        None, "directory, tokenizer.json or FILE.gguf to take the tokenizer from; None: from the model"
+    )
+    served_model_name: str | None = flag(None, "name clients may use besides `default`; None: the model's own id")
+    trust_remote_code: bool = flag(False, "only F is accepted: toka never runs code that comes with a checkpoint")
+    dtype: str = flag(
+        "auto", "type of weights, activations and KV cache", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    rope_scaling: dict[str, Any] | None = flag(
+        None, "replaces the checkpoint's rope scaling, e.g. {'rope_type':'linear','factor':2.0}"
+    )
+    # device and layout
+    device: str = flag("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+    num_threads: int | None = flag(None, "threads of the CPU kernels; None: the cores this process may use", "threads")
+    dp_size: int = flag(1, "replicas of the model", "replicas")
+    pp_size: int = flag(1, "pipeline stages", "ranks")
+    tp_size: int = flag(1, "tensor-parallel ranks", "ranks")
+    async_tp_threshold: int | None = flag(None, "overlap tensor-parallel collectives from this batch size on", "tokens")
+    # KV cache
+    kv_cache_num_tokens: int | None = flag(
+        None,
+        "size of the KV cache; None: what kv_cache_memory_fraction allows",
+        "tokens",
+        aliases=("kv_cache_size_num_tokens",),
+    )
+    kv_cache_memory_fraction: float = flag(
+        0.5, "share of the memory left after warmup that the KV cache may take", "0..1"
+    )
+    page_size: int = flag(16, "tokens in one KV block", "tokens")
+    prefix_cache: bool = flag(True, "reuse the KV blocks of prompts and outputs seen before")
+    # scheduler
+    max_tokens_per_forward: int | None = flag(
+        None, "tokens in one step at most; None: 512 on CPU, 8192 on CUDA", "tokens"
+    )
+    max_seqs_per_forward: int | None = flag(
+        None, "requests in one step at most; None: 64 on CPU, 1024 on CUDA", "requests"
+    )
+    max_num_tokens_per_request: int | None = flag(
+        None, "prompt and output of one request; None: the model's context", "tokens"
+    )
+    scheduling_steps_ahead: int = flag(1, "steps planned while one runs", "steps")
+    track_early_stopping: bool = flag(False, "predict output lengths from those seen")
+    use_hydragen: bool = flag(False, "compute attention over shared prefixes once per group")
+    hydragen_min_group_size: int = flag(32, "smallest group that shares a prefix's attention", "requests")
+    hydragen_min_prefix_len: int = flag(256, "shortest prefix whose attention is shared", "tokens")
+    stop_string_num_token_lookback: int = flag(
+        5, "has no effect: stop strings are found across any number of tokens", "tokens"
+    )
+    # compiler
+    torch_compile: bool = flag(
+        True, "compile the model; F runs the traced graph eagerly, for debugging or without a C++ compiler"
+    )
+    use_cudagraphs: bool | None = flag(None, "capture every bucket as a CUDA graph; None: on CUDA yes")
+    cudagraph_max_size: int = flag(512, "largest decode batch captured", "requests")
+    cudagraph_step: int = flag(16, "distance of the captured decode batches", "requests")
+    # server
+    host: str = flag("127.0.0.1", "address to listen on")
+    port: int = flag(DEFAULT_PORT, "TCP port to listen on")
+    api_key: str | None = flag(
+        None, "key that every route but /health and /ready asks for; None: $TOKA_API_KEY, if set"
+    )
+    max_queued_requests: int = flag(4096, "requests in the server at most; more get 429", "requests")
+    drain_timeout_s: float = flag(30.0, "after SIGTERM, time for running requests to end", "s")
+    stats_report_seconds: float = flag(5.0, "time between two lines of statistics in the log; 0 = never", "s")
+    uvicorn_log_level: str = flag(
+        "warning", "HTTP server's log level", choices=("critical", "error", "warning", "info", "debug", "trace")
+    )
+    log_level: str = flag("info", "toka's log level", choices=("error", "warning", "info", "debug"))
+    # places
+    cache_dir: str | None = flag(
+        None, "where models, kernels and compiled code are kept; None: $TOKA_CACHE or ~/.cache/toka"
+    )
+
+    def check(self) -> Config:
+        """Return self, or raise ConfigError naming the first flag that cannot be so, whatever the model or the device."""
+        for spec in dataclasses.fields(self):
+            choices, value = spec.metadata["choices"], getattr(self, spec.name)
+            if choices and value not in choices:
+                raise ConfigError(f"{spec.name}={value}: must be one of {', '.join(choices)}")
+        _positive(self, "num_threads", "kv_cache_num_tokens", "max_tokens_per_forward", "max_seqs_per_forward")
+        _positive(
+            self, "max_num_tokens_per_request", "dp_size", "pp_size", "tp_size", "max_queued_requests", "cudagraph_step"
+        )
+        _positive(
+            self, "cudagraph_max_size", "hydragen_min_group_size", "hydragen_min_prefix_len", "async_tp_threshold"
+        )
+        if self.page_size not in (8, 16, 32, 64, 128):
+            raise ConfigError(f"page_size={self.page_size}: must be 8, 16, 32, 64 or 128 tokens")
+        if not 0 < self.kv_cache_memory_fraction <= 1:
+            raise ConfigError(
+                f"kv_cache_memory_fraction={self.kv_cache_memory_fraction}: must be above 0 and at most 1"
+            )
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port}: must be between 0 (any free port) and 65535")
+        if not 0 <= self.scheduling_steps_ahead <= 64:
+            raise ConfigError(f"scheduling_steps_ahead={self.scheduling_steps_ahead}: must be between 0 and 64")
+        for name in ("drain_timeout_s", "stats_report_seconds"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more seconds")
+        if self.trust_remote_code:
+            raise ConfigError(
+                "trust_remote_code=T: toka never runs code that comes with a checkpoint; leave the flag out"
+            )
+        self._refuse_what_is_not_built()
+        return self
+
+    def _refuse_what_is_not_built(self) -> None:
+        for name in ("dp_size", "pp_size", "tp_size"):
+            if getattr(self, name) != 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: this version of toka runs on one rank; set {name}=1")
+        for name in ("use_hydragen", "track_early_stopping"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}=T: not built in this version of toka; leave the flag out")
+        if self.async_tp_threshold is not None:
+            raise ConfigError(
+                "async_tp_threshold: needs tensor parallelism, which this version of toka lacks; leave the flag out"
+            )
+
+    def cache_path(self) -> Path:
+        """The cache directory, as an absolute path that need not exist yet."""
+        chosen = self.cache_dir or os.environ.get("TOKA_CACHE") or Path.home() / ".cache" / "toka"
+        return Path(chosen).expanduser().absolute()
+
+    def effective_api_key(self) -> str | None:
+        """The key clients must show, or None."""
+        return self.api_key or os.environ.get("TOKA_API_KEY") or None
+
+
+def _positive(config: Config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """What `resolve` must know of the device. total_memory_bytes: RAM (or the cgroup's limit) on CPU, HBM on CUDA."""
+
+    kind: Literal["cpu", "cuda"]
+    native_bfloat16: bool
+    total_memory_bytes: int
+    num_cores: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """What the engine will do, with no choice left open. Sizes in tokens, blocks or requests as named.
+
+    kv_cache_num_tokens is the one exception: None lets the warmup measure what memory is left (see warmup/memory.py).
+    """
+
+    device: Literal["cpu", "cuda"]
+    dtype: Dtype
+    num_threads: int
+    block_size: int
+    kv_cache_num_tokens: int | None
+    kv_cache_memory_fraction: float
+    prefix_cache: bool
+    max_tokens_per_forward: int
+    max_seqs_per_forward: int
+    max_context_tokens: int
+    steps_in_flight: int
+    torch_compile: bool
+    cache_path: Path
+    cxx: str | None
+
+
+def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> ResolvedConfig:
+    """Settle every open choice from the flags, the checkpoint's configuration and the device.
+
+    Raises ConfigError where a flag contradicts the model or the device.
+    """
+    config.check()
+    on_cpu = device.kind == "cpu"
+    if not on_cpu:
+        raise ConfigError("device=cuda: this version of toka has CPU kernels only; set device=cpu")
+    if on_cpu and config.use_cudagraphs:
+        raise ConfigError("use_cudagraphs=T: needs device=cuda")
+    max_seqs = config.max_seqs_per_forward or (64 if on_cpu else 1024)
+    max_tokens = config.max_tokens_per_forward or (512 if on_cpu else 8192)
+    if config.max_tokens_per_forward is None:
+        max_tokens = max(max_tokens, max_seqs)
+    elif config.max_seqs_per_forward is None:
+        max_seqs = min(max_seqs, max_tokens)
+    if max_seqs > max_tokens:
+        raise ConfigError(f"max_seqs_per_forward={max_seqs} must not exceed max_tokens_per_forward={max_tokens}")
+    context = int(hf_config.get("max_position_embeddings") or 2048)
+    if config.max_num_tokens_per_request is not None:
+        if config.max_num_tokens_per_request > context and config.rope_scaling is None:
+            raise ConfigError(
+                f"max_num_tokens_per_request={config.max_num_tokens_per_request}: the model's context is {context} tokens"
+            )
+        context = config.max_num_tokens_per_request
+    return ResolvedConfig(
+        device=device.kind,
+        dtype=_resolve_dtype(config.dtype, hf_config, device),
+        num_threads=config.num_threads or device.num_cores,
+        block_size=config.page_size,
+        kv_cache_num_tokens=config.kv_cache_num_tokens,
+        kv_cache_memory_fraction=config.kv_cache_memory_fraction,
+        prefix_cache=config.prefix_cache,
+        max_tokens_per_forward=max_tokens,
+        max_seqs_per_forward=max_seqs,
+        max_context_tokens=context,
+        steps_in_flight=1 + config.scheduling_steps_ahead,
+        torch_compile=config.torch_compile,
+        cache_path=config.cache_path(),
+        cxx=find_cxx(),
+    )
+
+
+def _resolve_dtype(wanted: str, hf_config: dict[str, Any], device: DeviceFacts) -> Dtype:
+    if wanted == "auto":
+        stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+        if stored not in ("bfloat16", "float16", "float32"):
+            stored = "float32"
+        if device.kind == "cpu" and not (stored == "bfloat16" and device.native_bfloat16):
+            return "float32"  # 16-bit arithmetic that the CPU must emulate is slower than float32
+        wanted = stored
+    return wanted  # type: ignore[return-value]  # `check` compared it with the choices
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler's path: $CXX, else the first of c++, g++, clang++ on PATH; None if there is none."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def hub_offline() -> bool:
+    """Whether the user forbids the hub (HF_HUB_OFFLINE)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def set_engine_environment(resolved_threads: int, cache_path: Path) -> None:
+    """Set the variables that libgomp and inductor read when torch is first imported in this process.
+
+    Threads sleep soon after a parallel region ends: libgomp's default spin is ruinous once any other process wants a core (one
+    step of 60 ms took 1.5 s beside one busy thread), no spin at all costs a wake-up of some 50 µs per region. A count of spins
+    set by the user wins.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ["GOMP_SPINCOUNT"] = "2000"
+    os.environ.setdefault("OMP_NUM_THREADS", str(resolved_threads))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path / "inductor"))

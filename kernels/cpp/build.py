@@ -1,0 +1,147 @@
+"""Builds the C++ kernels once for this machine and loads them into torch.
+
+The library lies at cache_dir/kernels/<fingerprint>/libtoka_kernels.so. The fingerprint covers everything that decides its contents:
+sources, flags, compiler and its version, torch's version, the CPU. A build happens in a directory of its own and is moved into
+place whole, so that processes that start together, or one that dies half-way, harm nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+import toka.kernels.ops  # noqa: F401  (defines the operators that the library implements)
+from toka.errors import ConfigError
+
+SOURCE_DIR = Path(__file__).parent
+LIBRARY_NAME = "libtoka_kernels.so"
+
+_COMPILERS = ("c++", "g++", "clang++")
+_SHOWN_ERROR_LINES = 15
+_TORCH_INCLUDE = Path(torch.__file__).parent / "include"
+_TORCH_LIB = Path(torch.__file__).parent / "lib"
+# The stable headers of this torch version and later: the same code then runs on every torch that toka allows.
+_STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020B000000000000"
+
+Progress = Callable[[str], None]
+
+
+def build(
+    cache_dir: Path, compiler: str | None = None, on_progress: Progress | None = None, source_dir: Path = SOURCE_DIR
+) -> Path:
+    """Compile the kernels unless the cache has them; returns the library's path.
+
+    compiler: a command or path; None = the first of c++, g++, clang++ on PATH. on_progress gets one line per phase.
+    Raises ConfigError if there is no compiler, or if it refuses the sources.
+    """
+    command = find_compiler(compiler)
+    flags = compile_flags()
+    target = cache_dir / "kernels" / fingerprint(command, flags, source_dir)
+    library = target / LIBRARY_NAME
+    if library.exists():
+        return library
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as name:
+        workplace = Path(name)
+        finished = workplace / "finished"
+        finished.mkdir()
+        _compile(command, flags, source_dir, workplace, finished / LIBRARY_NAME, on_progress or (lambda line: None))
+        _move_into_place(finished, target)
+    return library
+
+
+def load(library: Path) -> None:
+    """Give `torch.ops.toka_cpp.*` their implementation; loading the same library again does nothing."""
+    path = str(library.resolve())
+    if path in torch.ops.loaded_libraries:
+        return
+    torch.ops.load_library(path)
+
+
+def find_compiler(compiler: str | None) -> str:
+    """The compiler's path. Raises ConfigError if there is none."""
+    for candidate in (compiler,) if compiler else _COMPILERS:
+        path = shutil.which(candidate)
+        if path is not None:
+            return path
+    wanted = f"the C++ compiler {compiler!r} is not there" if compiler else "no C++ compiler on PATH"
+    raise ConfigError(f"{wanted}: install g++ (for example `apt install g++`), or run with torch_compile=F.")
+
+
+def compile_flags() -> tuple[str, ...]:
+    """Flags for one source file; the library is for this machine's CPU only."""
+    native = "-mcpu=native" if platform.machine().lower() in ("aarch64", "arm64") else "-march=native"
+    return ("-std=c++17", "-O3", native, "-fPIC", "-fvisibility=hidden", _STABLE_ABI, f"-isystem{_TORCH_INCLUDE}")
+
+
+def fingerprint(compiler: str, flags: tuple[str, ...], source_dir: Path) -> str:
+    """Sixteen hex digits over everything that the library depends on."""
+    digest = hashlib.sha256()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    for text in (compiler, version, *flags, torch.__version__, platform.platform(), _cpu_description()):
+        digest.update(text.encode() + b"\0")
+    for path in _files(source_dir, "*.h", "*.cpp"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _files(source_dir: Path, *patterns: str) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from sorted(source_dir.glob(pattern))
+
+
+def _cpu_description() -> str:
+    """Model and instruction sets of the first CPU, as far as the system tells."""
+    try:
+        first_cpu = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    keys = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(line for line in first_cpu.splitlines() if line.startswith(keys))
+
+
+def _compile(
+    compiler: str, flags: tuple[str, ...], source_dir: Path, workplace: Path, library: Path, on_progress: Progress
+) -> None:
+    sources = list(_files(source_dir, "*.cpp"))
+    objects = [workplace / f"{source.stem}.o" for source in sources]
+    on_progress(f"compiling {len(sources)} kernel files with {Path(compiler).name}")
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        jobs = {
+            pool.submit(_run, [compiler, *flags, "-c", str(source), "-o", str(object_file)], source.name): source
+            for source, object_file in zip(sources, objects, strict=True)
+        }
+        for num_done, job in enumerate(as_completed(jobs), start=1):
+            job.result()
+            on_progress(f"compiled {jobs[job].name} ({num_done} of {len(sources)})")
+    link = [compiler, "-shared", *map(str, objects), "-o", str(library), f"-L{_TORCH_LIB}", "-ltorch_cpu", "-lc10"]
+    _run(link, "the kernel library")
+    on_progress("kernels ready")
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    # The first errors say what is wrong; what follows mostly follows from them.
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+    shown = "\n".join(lines[:_SHOWN_ERROR_LINES])
+    raise ConfigError(f"{command[0]} could not build {what} (status {done.returncode}):\n{shown}")
+
+
+def _move_into_place(finished: Path, target: Path) -> None:
+    try:
+        os.rename(finished, target)
+    except OSError:
+        if not (target / LIBRARY_NAME).exists():
+            raise
+        # Another process built the same at the same time; one of the two is as good as the other.

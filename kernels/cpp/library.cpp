@@ -1,0 +1,10 @@
+// Gives the operators that op_schema.py defines under `toka_cpp` their CPU implementation.
+#include <torch/csrc/stable/library.h>
+
+#include "kernels.h"
+
+STABLE_TORCH_LIBRARY_IMPL(toka_cpp, CPU, m) {
+  m.impl("write_kv", TORCH_BOX(&toka::write_kv));
+  m.impl("paged_attention", TORCH_BOX(&toka::paged_attention));
+  m.impl("sample", TORCH_BOX(&toka::sample));
+}

@@ -1,0 +1,126 @@
+"""Which implementation serves an operator: declared here once, chosen once when a graph is compiled, never at run time.
+
+An implementation belongs to a family (reference, cpp). The caller names the families that it can use (cpp only after
+`kernels.cpp.build.load`); among those that accept the device, the dtype and the shape, the highest priority wins.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from toka.errors import ConfigError
+from toka.kernels.op_schema import SCHEMAS
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+class Trait(enum.Enum):
+    """What an implementation promises beyond being right within tolerance."""
+
+    BATCH_INVARIANT = "a row's result is bitwise the same whatever runs beside it and on however many threads"
+    CHUNK_INVARIANT = "a token's result is bitwise the same however its prefill was cut, and by prefill as by decode"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute one operator.
+
+    family: where it comes from; the operator is `torch.ops.<namespace>.<op>`. devices: device types, empty = any.
+    dtypes: of the activations (query, keys, logits). max_head_dim, head_dim_multiple: shapes it takes; 0 = any.
+    priority: higher wins; reference 0, portable fast code 10, code for one machine 20.
+    """
+
+    op: str
+    family: str
+    namespace: str
+    priority: int
+    devices: frozenset[str] = frozenset()
+    dtypes: frozenset[torch.dtype] = FLOATS
+    max_head_dim: int = 0
+    head_dim_multiple: int = 1
+    traits: frozenset[Trait] = field(default_factory=frozenset)
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        return getattr(getattr(torch.ops, self.namespace), self.op).default
+
+    def refusal(self, device: str, dtype: torch.dtype, head_dim: int | None, traits: Collection[Trait]) -> str | None:
+        """Why it can't serve, in words; None if it can."""
+        if self.devices and device not in self.devices:
+            return f"runs on {', '.join(sorted(self.devices))} only"
+        if dtype not in self.dtypes:
+            return f"does not take {dtype}"
+        if head_dim is not None and self.max_head_dim and head_dim > self.max_head_dim:
+            return f"head dim {head_dim} is above {self.max_head_dim}"
+        if head_dim is not None and head_dim % self.head_dim_multiple:
+            return f"head dim {head_dim} is no multiple of {self.head_dim_multiple}"
+        missing = [trait.name.lower() for trait in traits if trait not in self.traits]
+        return f"is not {', '.join(missing)}" if missing else None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The choice: `overload` goes into the graph in place of `torch.ops.toka.<op>.default`; `reason` says why."""
+
+    implementation: Implementation
+    overload: torch._ops.OpOverload
+    reason: str
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("write_kv", "reference", "toka", priority=0, traits=frozenset(Trait)),
+    Implementation("paged_attention", "reference", "toka", priority=0, traits=frozenset({Trait.BATCH_INVARIANT})),
+    Implementation("sample", "reference", "toka", priority=0, traits=frozenset(Trait)),
+    Implementation("write_kv", "cpp", "toka_cpp", priority=10, devices=frozenset({"cpu"}), traits=frozenset(Trait)),
+    Implementation(
+        "paged_attention",
+        "cpp",
+        "toka_cpp",
+        priority=10,
+        devices=frozenset({"cpu"}),
+        max_head_dim=256,
+        traits=frozenset(Trait),
+    ),
+    Implementation("sample", "cpp", "toka_cpp", priority=10, devices=frozenset({"cpu"}), traits=frozenset(Trait)),
+)
+
+
+def implementations(op: str) -> list[Implementation]:
+    """All of one operator, by descending priority."""
+    if op not in SCHEMAS:
+        raise ConfigError(f"unknown kernel operator {op!r}; known: {', '.join(sorted(SCHEMAS))}")
+    return sorted((i for i in IMPLEMENTATIONS if i.op == op), key=lambda i: -i.priority)
+
+
+def choose(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    families: Collection[str],
+    head_dim: int | None = None,
+    traits: Collection[Trait] = (),
+) -> Kernel:
+    """The best implementation of `op` for a device type and an activation dtype.
+
+    families: those that may be used, for example {"reference", "cpp"}. head_dim: None = the operator has none.
+    traits: what it must promise. Raises ConfigError, naming every refusal, if nothing fits.
+    """
+    passed_over: list[str] = []
+    for candidate in implementations(op):
+        refusal = (
+            candidate.refusal(device, dtype, head_dim, traits)
+            if candidate.family in families
+            else "is not among the families in use"
+        )
+        if refusal is None:
+            reason = f"{candidate.family}, priority {candidate.priority}"
+            if passed_over:
+                reason += "; passed over: " + "; ".join(passed_over)
+            return Kernel(candidate, candidate.overload, reason)
+        passed_over.append(f"{candidate.family} {refusal}")
+    raise ConfigError(f"no kernel for {op} on {device} with {dtype}: {'; '.join(passed_over)}.")

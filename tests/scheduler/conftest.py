@@ -1,0 +1,318 @@
+"""A fake device and client around the real scheduler, which find every wrong block.
+
+The fake model keeps one number per KV slot: a hash of the whole prefix up to its token, chained from the cache salt, as a real model's
+KV depends on all tokens before. The next token depends on the numbers of all positions, read through the device's own block table. So a
+stale, shared or misplaced block, a wrong position or a lost token changes the output, and each request's output is compared with what
+the same model says of the request alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from toka.messages import FinishReason, Submit, pack_tokens
+from toka.params import SamplingParams
+from toka.plan import BatchPlan, StepResult
+from toka.scheduler.config import SchedulerConfig
+from toka.scheduler.scheduler import Scheduler
+
+VOCAB = 23
+MASK = (1 << 64) - 1
+
+
+def mix(a: int, b: int) -> int:
+    """A 64-bit hash of two numbers (the finaliser of splitmix64)."""
+    z = (a * 0x9E3779B97F4A7C15 + b + 0x632BE59BD9B4E019) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def draw(total: int, seed: int, position: int, held_back: tuple[int, ...]) -> int:
+    """The token at `position`; total: sum of the KV numbers before it."""
+    token = mix(mix(total & MASK, seed & MASK), position) % VOCAB
+    while token in held_back:
+        token = (token + 1) % VOCAB
+    return token
+
+
+@dataclass
+class Wanted:
+    """One request as the client sees it."""
+
+    prompt: list[int]
+    seed: int
+    salt: int
+    stop_ids: tuple[int, ...]
+    max_tokens: int
+    min_tokens: int
+    got: list[int] = field(default_factory=list)
+    finish: FinishReason = FinishReason.NONE
+    cached: int = -1
+
+    def alone(self) -> tuple[list[int], FinishReason]:
+        """What the model says of this request by itself."""
+        kv, total = self.salt, 0
+        for token in self.prompt:
+            kv = mix(kv, token)
+            total += kv
+        out: list[int] = []
+        while True:
+            held_back = self.stop_ids if len(out) < self.min_tokens else ()
+            token = draw(total, self.seed, len(self.prompt) + len(out), held_back)
+            out.append(token)
+            if token in self.stop_ids:
+                return out, FinishReason.STOP
+            if len(out) == self.max_tokens:
+                return out, FinishReason.LENGTH
+            kv = mix(kv, token)
+            total += kv
+
+
+class FakeDevice:
+    """Block table, KV slots and last tokens, changed only by plans, in order."""
+
+    def __init__(self, config: SchedulerConfig, salt_of_seed: dict[int, int]):
+        self.block_size = config.block_size
+        self.table = np.full((config.max_rows, config.max_blocks_per_row), -1, dtype=np.int64)
+        self.kv = [0] * (config.num_blocks * config.block_size)
+        self.last = [-1] * config.max_rows
+        self.seed = [0] * config.max_rows
+        self.held_back: list[tuple[tuple[int, ...], int]] = [((), 0)] * config.max_rows
+        self.salt_of_seed = salt_of_seed
+
+    def run(self, plan: BatchPlan) -> StepResult:
+        self.table[plan.table.rows, plan.table.columns] = plan.table.blocks
+        settings = plan.settings
+        for i, row in enumerate(settings.rows.tolist()):
+            self.seed[row] = int(settings.seed[i])
+            ids = tuple(t for t in settings.held_back_ids[i].tolist() if t >= 0)
+            self.held_back[row] = (ids, int(settings.held_back_until[i]))
+        positions, rows = plan.positions().tolist(), plan.token_rows().tolist()
+        for row, position, token in zip(rows, positions, plan.token_ids.tolist(), strict=True):
+            actual = token if token >= 0 else self.last[-1 - token]
+            before = self.kv[self.slot(row, position - 1)] if position else self.salt_of_seed[self.seed[row]]
+            self.kv[self.slot(row, position)] = mix(before, actual)
+        sampled = np.full(plan.num_rows, -7, dtype=np.int32)
+        for i, row in enumerate(plan.rows.tolist()):
+            if plan.samples[i]:
+                length = int(plan.seq_lens[i])
+                total = sum(self.kv[self.slot(row, position)] for position in range(length))
+                ids, until = self.held_back[row]
+                sampled[i] = self.last[row] = draw(total, self.seed[row], length, ids if length < until else ())
+        return StepResult(plan.step, sampled)
+
+    def slot(self, row: int, position: int) -> int:
+        block = int(self.table[row, position // self.block_size])
+        assert block >= 0, "a token has no block"
+        return block * self.block_size + position % self.block_size
+
+
+class Simulation:
+    """Client, scheduler and device; check() after every event, finish() at the end."""
+
+    def __init__(self, **config: Any):
+        self.config = SchedulerConfig(vocab_size=VOCAB, **config)
+        self.scheduler = Scheduler(self.config, secret=b"of these tests only")
+        self.salt_of_seed: dict[int, int] = {}
+        self.device = FakeDevice(self.config, self.salt_of_seed)
+        self.in_flight: deque[BatchPlan] = deque()
+        self.live: dict[int, Wanted] = {}
+        self.done: dict[int, Wanted] = {}
+        self.written: set[int] = set()  # slots written since their block was last leased
+        self.next_id = 1
+        self.num_events = 0
+        self.trace: list[bytes] = []  # the plans' bytes
+
+    def submit(
+        self,
+        prompt: list[int],
+        *,
+        max_tokens: int | None = 8,
+        min_tokens: int = 0,
+        n: int = 1,
+        stop_ids: tuple[int, ...] = (),
+        salt: str = "",
+        priority: int = 0,
+    ) -> list[int]:
+        """Submit; returns the samples' ids. RequestError goes through, with nothing queued."""
+        first = self.next_id
+        sampling = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens)
+        self.scheduler.submit(
+            Submit(
+                request_id=first,
+                prompt=pack_tokens(prompt),
+                sampling=sampling,
+                stop_token_ids=stop_ids,
+                seed=first * 1000,
+                cache_salt=salt,
+                priority=priority,
+            )
+        )
+        self.next_id += n
+        limit = self.config.max_tokens_per_request - len(prompt) if max_tokens is None else max_tokens
+        ids = list(range(first, first + n))
+        for i, request_id in enumerate(ids):
+            seed = first * 1000 + i
+            salt_number = self.salt_of_seed[seed] = mix(7, int.from_bytes(salt.encode(), "little"))
+            self.live[request_id] = Wanted(prompt, seed, salt_number, stop_ids, limit, min_tokens)
+        self.check()
+        return ids
+
+    def abort(self, request_id: int) -> None:
+        self.scheduler.abort(request_id)
+        wanted = self.live.pop(request_id, None)
+        if wanted is not None:
+            wanted.finish = FinishReason.ABORT
+            self.done[request_id] = wanted
+        self.check()
+
+    def plan(self) -> BatchPlan | None:
+        plan = self.scheduler.next_plan()
+        if plan is not None:
+            self._check_plan(plan)
+            self.in_flight.append(plan)
+            self.trace.append(plan_bytes(plan))
+        self.check()
+        return plan
+
+    def commit(self) -> None:
+        """Run the oldest plan in flight (as late as may be) and commit it."""
+        result = self.device.run(self.in_flight.popleft())
+        outputs = self.scheduler.commit(result)
+        columns = (outputs.request_ids, outputs.token_ids, outputs.finish, outputs.cached)
+        assert [c.dtype for c in columns] == [np.int64, np.int32, np.uint8, np.int32]
+        for request_id, token, finish, cached in zip(*(c.tolist() for c in columns), strict=True):
+            wanted = self.live[request_id]  # a KeyError is an output after the end
+            wanted.got.append(token)
+            if len(wanted.got) == 1:
+                wanted.cached = cached
+            if finish:
+                wanted.finish = FinishReason(finish)
+                self.done[request_id] = self.live.pop(request_id)
+                assert (wanted.got, wanted.finish) == wanted.alone()
+        self.check()
+
+    def step(self) -> None:
+        """Plan as far ahead as allowed, then commit one."""
+        while self.plan() is not None:
+            pass
+        if self.in_flight:
+            self.commit()
+
+    def finish(self) -> None:
+        """Run until nothing is left; fails if the scheduler stands still or keeps anything."""
+        still_to_draw = sum(len(w.prompt) + w.max_tokens for w in self.live.values())
+        for _ in range(20 * (still_to_draw + 10)):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work and not self.live, f"starved: {list(self.live)}"
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, self.config.num_blocks)
+
+    def check(self) -> None:
+        """The laws that hold after every event."""
+        self.num_events += 1
+        scheduler = self.scheduler
+        scheduler.check_invariants()
+        stats = scheduler.stats()
+        assert stats.num_waiting >= 0 and stats.num_running >= 0
+        # Aborted requests may still drain; every other one is either running or waiting.
+        assert stats.num_running + stats.num_waiting >= len(self.live)
+        table, pool = scheduler._table, scheduler._pool
+        for plan in self.in_flight:
+            for row, length in zip(plan.rows.tolist(), plan.seq_lens.tolist(), strict=True):
+                held = table.blocks_of(row)[: -(-length // self.config.block_size)]
+                assert table.request_id[row] >= 0, "a row in flight was given up"
+                assert len(held) * self.config.block_size >= length, "a row in flight lost a block"
+                assert np.all(pool.ref_counts(held) > 0), "a step in flight touches a free block"
+
+    def _check_plan(self, plan: BatchPlan) -> None:
+        config, table, size = self.config, self.scheduler._table, self.config.block_size
+        lens = np.diff(plan.query_start)
+        assert 0 < plan.num_rows <= config.max_seqs_per_forward and plan.num_tokens <= config.max_tokens_per_forward
+        assert np.all(lens > 0) and plan.query_start[0] == 0 and plan.query_start[-1] == plan.num_tokens
+        assert len(set(plan.rows.tolist())) == plan.num_rows
+        assert plan.rows.dtype == plan.token_ids.dtype == plan.seq_lens.dtype == plan.query_start.dtype == np.int32
+        first = dict(zip(plan.rows.tolist(), (plan.seq_lens - lens).tolist(), strict=True))
+        changes = plan.table
+        for row, column, block in zip(
+            changes.rows.tolist(), changes.columns.tolist(), changes.blocks.tolist(), strict=True
+        ):
+            if column * size >= first[row]:  # a block to write to, not a shared one
+                self.written -= set(range(block * size, (block + 1) * size))
+        assert all(np.all(table.blocks[row, :1] >= 0) for row in first)
+        for row, position in zip(plan.token_rows().tolist(), plan.positions().tolist(), strict=True):
+            slot = int(table.blocks[row, position // size]) * size + position % size
+            assert slot not in self.written, "a slot is written twice while its block is leased"
+            self.written.add(slot)
+
+
+def plan_bytes(plan: BatchPlan) -> bytes:
+    """Everything in a plan, as bytes."""
+    arrays = [plan.rows, plan.query_start, plan.token_ids, plan.seq_lens, plan.samples]
+    arrays += [plan.table.rows, plan.table.columns, plan.table.blocks]
+    settings = plan.settings
+    arrays += [settings.rows, settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.seed]
+    arrays += [settings.held_back_ids, settings.held_back_until]
+    return plan.step.to_bytes(8, "little") + b"".join(a.tobytes() for a in arrays)
+
+
+def random_walk(seed: int, num_events: int) -> Simulation:
+    """A day of traffic: submits, aborts, plans and commits in random order on a small pool, then the end of the day."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 4, 5, 16])
+    simulation = Simulation(
+        num_blocks=rng.randrange(40, 200) // block_size + 1,
+        block_size=block_size,
+        max_request_tokens=rng.choice([20, 40, 100]),
+        max_tokens_per_forward=rng.choice([1, 3, 8, 64]),
+        max_seqs_per_forward=rng.choice([1, 2, 5, 16]),
+        prefix_cache=rng.random() < 0.8,
+        steps_in_flight=rng.randrange(1, 5),
+        watermark=rng.choice([0.0, 0.01, 0.2]),
+    )
+    limit = simulation.config.max_tokens_per_request
+    common = [rng.randrange(VOCAB) for _ in range(limit)]
+    while simulation.num_events < num_events:
+        event = rng.random()
+        if event < 0.15 and len(simulation.live) < 30:
+            length = rng.randrange(1, limit)
+            shared = rng.randrange(length + 1)
+            prompt = common[:shared] + [rng.randrange(VOCAB) for _ in range(length - shared)]
+            max_tokens = rng.choice([None, rng.randrange(1, limit - length + 1)])
+            simulation.submit(
+                prompt,
+                max_tokens=max_tokens,
+                min_tokens=rng.randrange(3) if max_tokens is None or max_tokens > 2 else 0,
+                n=rng.choice([1, 1, 1, 2, 4]),
+                stop_ids=rng.choice([(), (3,), (1, 5, 9)]),
+                salt=rng.choice(["", "", "a", "b"]),
+                priority=rng.choice([0, 0, 0, 1, -1]),
+            )
+        elif event < 0.18 and simulation.live:
+            simulation.abort(rng.choice(list(simulation.live)))
+        elif event < 0.6:
+            simulation.plan()
+        elif simulation.in_flight:
+            simulation.commit()
+    simulation.finish()
+    return simulation
+
+
+@pytest.fixture
+def new_simulation() -> Callable[..., Simulation]:
+    return Simulation
+
+
+@pytest.fixture
+def walk() -> Callable[[int, int], Simulation]:
+    return random_walk

@@ -1,0 +1,88 @@
+"""What goes into one step: the rows that decode, kept as ready arrays from step to step, and chunks of prompts still to be computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from toka.plan import I32, I64
+from toka.scheduler.request_table import RequestTable, Rows
+
+
+class DecodeSet:
+    """The rows that compute one token a step, with every array of a step that depends on nothing else.
+
+    While no request begins or ends, a step's plan is made of these same arrays; nobody may write to them. R rows:
+    rows intp, rows_i32 int32; token_ids int32: -1 - row, the token each row drew last; query_start int32 [R + 1];
+    samples bool, all True; request_ids int64; num_cached_tokens, generations int32;
+    final_seq_lens int32: the seq_len of the step in which each row draws its last token.
+    """
+
+    __slots__ = (
+        "final_seq_lens",
+        "generations",
+        "num_cached_tokens",
+        "query_start",
+        "request_ids",
+        "rows",
+        "rows_i32",
+        "samples",
+        "token_ids",
+    )
+
+    def __init__(self, rows: Rows, table: RequestTable):
+        self.rows = rows
+        self.rows_i32: I32 = rows.astype(np.int32)
+        self.token_ids: I32 = -1 - self.rows_i32
+        self.query_start: I32 = np.arange(len(rows) + 1, dtype=np.int32)
+        self.samples: npt.NDArray[np.bool_] = np.ones(len(rows), dtype=np.bool_)
+        self.request_ids: I64 = table.request_id[rows]
+        self.num_cached_tokens: I32 = table.num_cached_tokens[rows]
+        self.generations: I32 = table.generation[rows]
+        self.final_seq_lens: I32 = table.max_total_tokens[rows] - np.int32(1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keep(self, kept: npt.NDArray[np.bool_], table: RequestTable) -> DecodeSet:
+        """The rows where kept (bool [R]) holds, in the same order."""
+        return self if kept.all() else DecodeSet(self.rows[kept], table)
+
+    def without(self, rows: list[int], table: RequestTable) -> DecodeSet:
+        """All but these rows; such as are not in it are ignored."""
+        return self.keep(~np.isin(self.rows, rows), table)
+
+    def plus(self, rows: list[int], table: RequestTable) -> DecodeSet:
+        """With these rows at the end."""
+        return DecodeSet(np.concatenate((self.rows, np.array(rows, dtype=np.intp))), table) if rows else self
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens start .. stop - 1 of a prefilling row, computed in this step; last: its first token is drawn after them."""
+
+    row: int
+    start: int
+    stop: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """What commit must know of a plan that was handed out. Arrays over the D rows that draw a token, in plan order.
+
+    drawn: their places among the plan's rows, None = all of them. epoch: that of the table when planned.
+    filled: rows that began a new block in this step, so that their block before is full once the step is committed.
+    """
+
+    step: int
+    num_rows: int
+    drawn: Rows | None
+    rows: Rows
+    request_ids: I64
+    num_cached_tokens: I32
+    generations: I32
+    epoch: int
+    filled: Rows

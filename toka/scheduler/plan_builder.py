@@ -1,0 +1,131 @@
+"""Turns a step's decode rows and prompt chunks into the flat arrays of a BatchPlan."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from toka.params import MAX_STOP_TOKEN_IDS
+from toka.plan import I32, BatchPlan, BlockTableChanges, RowSettings
+from toka.scheduler.batching import Chunk, DecodeSet, StepInFlight
+from toka.scheduler.request import Request
+from toka.scheduler.request_table import RequestTable, Rows, as_i64
+
+_NO_I32 = np.empty(0, dtype=np.int32)
+_NO_F32 = np.empty(0, dtype=np.float32)
+NO_ROWS: Rows = np.empty(0, dtype=np.intp)
+NO_TABLE_CHANGES = BlockTableChanges(rows=_NO_I32, columns=_NO_I32, blocks=_NO_I32)
+NO_SETTINGS = RowSettings(
+    rows=_NO_I32,
+    temperature=_NO_F32,
+    top_k=_NO_I32,
+    top_p=_NO_F32,
+    min_p=_NO_F32,
+    seed=np.empty(0, dtype=np.int64),
+    held_back_ids=np.empty((0, MAX_STOP_TOKEN_IDS), dtype=np.int32),
+    held_back_until=_NO_I32,
+)
+
+
+def build_decode_plan(
+    step: int, decodes: DecodeSet, seq_lens: I32, changes: BlockTableChanges, filled: Rows, epoch: int
+) -> tuple[BatchPlan, StepInFlight]:
+    """A step of decode rows alone: the arrays of the set as they are, plus seq_lens int32 [R]."""
+    plan = BatchPlan(
+        step=step,
+        rows=decodes.rows_i32,
+        query_start=decodes.query_start,
+        token_ids=decodes.token_ids,
+        seq_lens=seq_lens,
+        samples=decodes.samples,
+        table=changes,
+        settings=NO_SETTINGS,
+    )
+    in_flight = StepInFlight(
+        step=step,
+        num_rows=len(decodes),
+        drawn=None,
+        rows=decodes.rows,
+        request_ids=decodes.request_ids,
+        num_cached_tokens=decodes.num_cached_tokens,
+        generations=decodes.generations,
+        epoch=epoch,
+        filled=filled,
+    )
+    return plan, in_flight
+
+
+def build_mixed_plan(
+    step: int,
+    decodes: DecodeSet,
+    seq_lens: I32,
+    chunks: list[Chunk],
+    changes: BlockTableChanges,
+    settings: RowSettings,
+    filled: Rows,
+    table: RequestTable,
+) -> tuple[BatchPlan, StepInFlight]:
+    """A step with prompt chunks after the decode rows (of which there may be none)."""
+    chunk_rows = np.array([c.row for c in chunks], dtype=np.intp)
+    chunk_lens = np.array([c.stop - c.start for c in chunks], dtype=np.int32)
+    chunk_ends = np.array([c.stop for c in chunks], dtype=np.int32)
+    rows = np.concatenate((decodes.rows, chunk_rows))
+    samples = np.concatenate((decodes.samples, np.array([c.last for c in chunks], dtype=np.bool_)))
+    first = decodes.query_start[-1]
+    drawn = np.flatnonzero(samples)
+    drawn_rows = rows[drawn]
+    plan = BatchPlan(
+        step=step,
+        rows=rows.astype(np.int32),
+        query_start=np.concatenate((decodes.query_start, first + np.cumsum(chunk_lens, dtype=np.int32))),
+        token_ids=np.concatenate((decodes.token_ids, *(table.tokens[c.row, c.start : c.stop] for c in chunks))),
+        seq_lens=np.concatenate((seq_lens, chunk_ends)),
+        samples=samples,
+        table=changes,
+        settings=settings,
+    )
+    in_flight = StepInFlight(
+        step=step,
+        num_rows=len(rows),
+        drawn=None if len(drawn) == len(rows) else drawn,
+        rows=drawn_rows,
+        request_ids=table.request_id[drawn_rows],
+        num_cached_tokens=table.num_cached_tokens[drawn_rows],
+        generations=table.generation[drawn_rows],
+        epoch=table.epoch,
+        filled=filled,
+    )
+    return plan, in_flight
+
+
+def settings_of(admitted: list[tuple[int, Request]]) -> RowSettings:
+    """Sampling settings of requests that get these rows in this step."""
+    if not admitted:
+        return NO_SETTINGS
+    sampling = [request.sampling for _, request in admitted]
+    held_back_ids = np.full((len(admitted), MAX_STOP_TOKEN_IDS), -1, dtype=np.int32)
+    held_back_until = np.zeros(len(admitted), dtype=np.int32)
+    for i, (_, request) in enumerate(admitted):
+        if request.sampling.min_tokens:
+            held_back_ids[i, : len(request.stop_token_ids)] = request.stop_token_ids
+            held_back_until[i] = request.num_prompt_tokens + request.sampling.min_tokens
+    return RowSettings(
+        rows=np.array([row for row, _ in admitted], dtype=np.int32),
+        temperature=np.array([s.temperature for s in sampling], dtype=np.float32),
+        top_k=np.array([s.top_k for s in sampling], dtype=np.int32),
+        top_p=np.array([s.top_p for s in sampling], dtype=np.float32),
+        min_p=np.array([s.min_p for s in sampling], dtype=np.float32),
+        seed=as_i64([request.seed for _, request in admitted]),
+        held_back_ids=held_back_ids,
+        held_back_until=held_back_until,
+    )
+
+
+def merge_table_changes(parts: list[BlockTableChanges]) -> BlockTableChanges:
+    """All entries of the parts, in order."""
+    if len(parts) < 2:
+        return parts[0] if parts else NO_TABLE_CHANGES
+    return BlockTableChanges(
+        rows=np.concatenate([p.rows for p in parts]),
+        columns=np.concatenate([p.columns for p in parts]),
+        blocks=np.concatenate([p.blocks for p in parts]),
+    )

@@ -1,0 +1,139 @@
+"""The lifecycle of a request as types: Waiting -> Running -> Draining -> Finished, or from Draining back to Waiting (preempted).
+
+A transition consumes its object: using it again raises, and a transition that makes no sense has no method, so the type checker
+refuses it. Write every transition as an assignment to the same variable, or take the object out of its container with it; the old
+state is then out of reach for the type checker too. Only `Draining.settle` gives blocks back, and only once no step in flight
+touches them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from toka.errors import InvariantError
+from toka.messages import FinishReason
+from toka.params import SamplingParams
+from toka.plan import I32
+from toka.scheduler.block_pool import BlockPool
+from toka.scheduler.prefix_index import KeyChain
+from toka.scheduler.request_table import RequestTable
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What stays with a request through all its states.
+
+    rank: (priority, arrival), lower runs first. max_total_tokens: prompt + max_tokens. chain: keys of its full blocks.
+    num_cached_tokens: prompt tokens found in the prefix cache at its first admission, -1 before.
+    num_registered_blocks: blocks from its start that were offered to the prefix index since its last admission.
+    """
+
+    request_id: int
+    rank: tuple[int, int]
+    sampling: SamplingParams
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    num_prompt_tokens: int
+    max_total_tokens: int
+    chain: KeyChain
+    num_cached_tokens: int = -1
+    num_registered_blocks: int = 0
+
+
+class _State:
+    """A state that still owns its request, until a transition takes it away."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request):
+        self._request: Request | None = request
+
+    @property
+    def request(self) -> Request:
+        if self._request is None:
+            raise InvariantError(f"{type(self).__name__} was used after its transition")
+        return self._request
+
+    @property
+    def is_consumed(self) -> bool:
+        return self._request is None
+
+    def _consume(self) -> Request:
+        request = self.request
+        self._request = None
+        return request
+
+
+class Waiting(_State):
+    """Holds no row and no block. tokens: int32, its prompt and whatever it generated before it was preempted."""
+
+    __slots__ = ("tokens",)
+
+    def __init__(self, request: Request, tokens: I32):
+        super().__init__(request)
+        self.tokens = tokens
+
+    def admit(self, row: int) -> Running:
+        """It now owns this row and the blocks in it."""
+        return Running(self._consume(), row)
+
+    def abort(self) -> Finished:
+        return Finished(self._consume().request_id, FinishReason.ABORT)
+
+
+class Running(_State):
+    """Owns a row and its blocks; may be in any plan."""
+
+    __slots__ = ("row",)
+
+    def __init__(self, request: Request, row: int):
+        super().__init__(request)
+        self.row = row
+
+    def finish(self, reason: FinishReason, last_step: int) -> Draining:
+        """It ends; last_step: the newest plan, the last that may touch its blocks."""
+        return Draining(self._consume(), self.row, reason, last_step)
+
+    def preempt(self, last_step: int) -> Draining:
+        """It gives way and goes back to the queue once it settled."""
+        return Draining(self._consume(), self.row, FinishReason.NONE, last_step)
+
+
+class Draining(_State):
+    """In no further plan, but steps up to last_step may still write to its blocks. reason NONE: it was preempted."""
+
+    __slots__ = ("last_step", "reason", "row")
+
+    def __init__(self, request: Request, row: int, reason: FinishReason, last_step: int):
+        super().__init__(request)
+        self.row, self.reason, self.last_step = row, reason, last_step
+
+    def finish(self, reason: FinishReason) -> Draining:
+        """It ends for this reason, whatever it drained for: a result under way brought a stop token, or it was aborted."""
+        return Draining(self._consume(), self.row, reason, self.last_step)
+
+    def settle(self, settled_step: int, table: RequestTable, pool: BlockPool) -> Finished | Waiting:
+        """Give row and blocks back; settled_step: the newest step of which the result is in."""
+        if settled_step < self.last_step:
+            raise InvariantError(
+                f"row {self.row} settles at step {settled_step} while step {self.last_step} is in flight"
+            )
+        request = self._consume()
+        tokens = table.tokens_of(self.row).copy() if self.reason is FinishReason.NONE else None
+        pool.release(table.blocks_of(self.row)[::-1])
+        table.give_up_row(self.row)
+        if tokens is None:
+            return Finished(request.request_id, self.reason)
+        return Waiting(request, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Over: nothing left to give back."""
+
+    request_id: int
+    reason: FinishReason
+
+
+Live: TypeAlias = Waiting | Running | Draining

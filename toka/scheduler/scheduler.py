@@ -1,0 +1,482 @@
+"""The scheduler: which tokens of which requests the next step computes. Submit, abort, plan, commit; nothing else is public.
+
+    submit ─► WaitingQueue ─admit─► RequestTable row ─┬─► next_plan: decode rows, then prompt chunks ─► BatchPlan
+                                                      └◄─ commit: append tokens, stop, settle ◄─ StepResult
+
+Plans run ahead: next_plan may be called steps_in_flight times before the first commit. What a plan needs is known by then except the
+ids of the newest tokens, which stay on the device. A request that ends by its token limit leaves when its last step is planned; one that
+ends by a stop token is known only at commit, and what later steps drew for it is dropped. Either way its row and blocks are given back
+only once no step in flight touches them (request.py).
+
+Every decision depends on the calls made so far and nothing else: no clock, no hash order, no randomness.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from toka.errors import InvariantError, RequestError
+from toka.messages import EngineStats, FinishReason, StepOutputs, Submit, unpack_tokens
+from toka.params import MAX_STOP_TOKEN_IDS
+from toka.plan import I32, I64, BatchPlan, BlockTableChanges, StepResult
+from toka.scheduler.admission import AdmissionPolicy, AdmitWhenFree, Load
+from toka.scheduler.batching import Chunk, DecodeSet, StepInFlight
+from toka.scheduler.block_pool import BlockPool
+from toka.scheduler.config import SchedulerConfig
+from toka.scheduler.plan_builder import (
+    NO_ROWS,
+    build_decode_plan,
+    build_mixed_plan,
+    merge_table_changes,
+    settings_of,
+)
+from toka.scheduler.prefix_index import KeyChain, PrefixIndex
+from toka.scheduler.request import Draining, Finished, Live, Request, Running, Waiting
+from toka.scheduler.request_table import MAX_STOP_IDS_PER_ROW, RequestTable, Rows
+from toka.scheduler.waiting_queue import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutputs:
+    """The tokens of one committed step, one entry each, packed as StepOutputs wants them; see there.
+
+    request_ids int64, token_ids int32, finish uint8 (FinishReason), cached int32; all [D]. Read-only.
+    """
+
+    request_ids: I64
+    token_ids: I32
+    finish: npt.NDArray[np.uint8]
+    cached: I32
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def pack(self, stats: EngineStats) -> StepOutputs:
+        """As the message to the API process."""
+        return StepOutputs(
+            request_ids=self.request_ids.tobytes(),
+            token_ids=self.token_ids.tobytes(),
+            finish=self.finish.tobytes(),
+            cached=self.cached.tobytes(),
+            stats=stats,
+        )
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over paged KV blocks; see the module's docstring.
+
+    secret: keys the hashes of the prefix cache, 16..64 bytes; drawn at random if None. It influences no decision.
+    admission: the policy that lets requests begin; by default when their blocks are free.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, *, secret: bytes | None = None, admission: AdmissionPolicy | None = None
+    ):
+        self.config = config
+        self._secret = os.urandom(32) if secret is None else secret
+        self._admission = admission or AdmitWhenFree(config.watermark_blocks)
+        self._table = RequestTable(config)
+        self._index = PrefixIndex(config.num_blocks)
+        self._pool = BlockPool(config.num_blocks, self._index)
+        self._states: dict[int, Live] = {}  # by request id; what is over is not in it
+        self._waiting = WaitingQueue()
+        self._prefilling: list[tuple[tuple[int, int], int]] = []  # (rank, row), in rank order
+        self._decodes = DecodeSet(NO_ROWS, self._table)
+        self._draining: deque[int] = deque()  # rows in the order of the last steps that touch them
+        self._owners: list[Running | Draining | None] = [None] * config.max_rows
+        self._in_flight: deque[StepInFlight] = deque()
+        self._to_register: deque[int] = deque()  # rows with full blocks that the prefix index has not been offered yet
+        self._planned_step = 0  # the newest plan
+        self._settled_step = 0  # the newest plan of which the result is in
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_preemptions = 0
+
+    # ---------------------------------------------------------------------------------------------------- submit, abort
+
+    def submit(self, submit: Submit) -> None:
+        """Queue the samples of one prompt. Raises RequestError if it is malformed or could never fit; then none is queued."""
+        prompt = unpack_tokens(submit.prompt)
+        self._check(submit, prompt)
+        sampling = submit.sampling
+        limit = self.config.max_tokens_per_request
+        chain = KeyChain(self._secret, submit.cache_salt, self.config.block_size)
+        if self.config.prefix_cache:
+            chain.extend(prompt, len(prompt) // self.config.block_size)
+        for sample in range(sampling.n):
+            request = Request(
+                request_id=submit.request_id + sample,
+                rank=(submit.priority, self._num_arrivals),
+                sampling=sampling,
+                stop_token_ids=submit.stop_token_ids,
+                seed=submit.seed + sample,
+                num_prompt_tokens=len(prompt),
+                max_total_tokens=limit if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,
+                chain=chain.fork() if sample + 1 < sampling.n else chain,
+            )
+            self._num_arrivals += 1
+            waiting = Waiting(request, prompt)
+            self._states[request.request_id] = waiting
+            self._waiting.push(waiting)
+
+    def _check(self, submit: Submit, prompt: I32) -> None:
+        sampling, limit = submit.sampling.check(), self.config.max_tokens_per_request
+        for request_id in range(submit.request_id, submit.request_id + sampling.n):
+            if request_id in self._states:
+                raise RequestError(f"The request id {request_id} is in use.", "request_id", code="duplicate_request_id")
+        if not len(prompt):
+            raise RequestError("The prompt is empty: it must have at least one token.", "prompt")
+        if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
+            raise RequestError(f"The prompt has token ids outside 0..{self.config.vocab_size - 1}.", "prompt")
+        if len(prompt) + (sampling.max_tokens or 1) > limit:
+            asked = "" if sampling.max_tokens is None else f" and max_tokens is {sampling.max_tokens}"
+            raise RequestError(
+                f"This server holds at most {limit} tokens per request; the prompt has {len(prompt)}{asked}.",
+                "prompt" if len(prompt) >= limit else "max_tokens",
+                code="context_length_exceeded",
+            )
+        max_stop_ids = MAX_STOP_TOKEN_IDS if sampling.min_tokens else MAX_STOP_IDS_PER_ROW
+        if len(submit.stop_token_ids) > max_stop_ids:
+            with_min = " with min_tokens" if sampling.min_tokens else ""
+            raise RequestError(
+                f"At most {max_stop_ids} stop token ids{with_min}, got {len(submit.stop_token_ids)} "
+                "(the model's own end tokens are among them).",
+                "stop_token_ids",
+            )
+
+    def abort(self, request_id: int) -> None:
+        """End this request now, without further output; an id that is unknown or over is ignored."""
+        state = self._states.pop(request_id, None)
+        if isinstance(state, Waiting):
+            state.abort()
+        elif isinstance(state, Running):
+            self._table.drop_late_results(state.row)
+            self._leave([state.row])
+            self._drain(state.finish(FinishReason.ABORT, self._planned_step))
+        elif isinstance(state, Draining):
+            self._table.drop_late_results(state.row)
+            self._owners[state.row] = state.finish(FinishReason.ABORT)
+
+    # ------------------------------------------------------------------------------------------------------------- plan
+
+    def next_plan(self) -> BatchPlan | None:
+        """The next step, or None: steps_in_flight plans wait for their results, or there is nothing to compute before the next
+        commit or submit."""
+        if len(self._in_flight) >= self.config.steps_in_flight:
+            return None
+        table = self._table
+        decodes, seq_lens, num_short = self._make_room_for_decodes()
+        changes: list[BlockTableChanges] = []
+        filled = self._grow(decodes, seq_lens, changes)
+        table.num_computed_tokens[decodes.rows] = seq_lens
+        chunks, admitted = self._plan_chunks(len(decodes), may_admit=not num_short, changes=changes)
+        if not len(decodes) and not chunks:
+            return None
+        self._planned_step += 1
+        step, merged = self._planned_step, merge_table_changes(changes)
+        if chunks:
+            settings = settings_of(admitted)
+            plan, in_flight = build_mixed_plan(step, decodes, seq_lens, chunks, merged, settings, filled, table)
+        else:
+            plan, in_flight = build_decode_plan(step, decodes, seq_lens, merged, filled, table.epoch)
+        self._in_flight.append(in_flight)
+        self._end_or_decode(decodes, seq_lens, chunks)
+        return plan
+
+    def _make_room_for_decodes(self) -> tuple[DecodeSet, I32, int]:
+        """The rows that decode in this step, their seq_lens int32 [R], and how many rows found no block and sit this step out."""
+        table, decodes = self._table, self._decodes
+        seq_lens = table.num_computed_tokens.take(decodes.rows)
+        seq_lens += np.int32(1)
+        needy = seq_lens > table.token_room.take(decodes.rows)
+        if np.count_nonzero(needy) <= self._pool.num_free:
+            return decodes, seq_lens, 0
+        self._preempt_for(decodes.rows[needy])
+        decodes = self._decodes
+        seq_lens = table.num_computed_tokens[decodes.rows] + np.int32(1)
+        needy = seq_lens > table.token_room[decodes.rows]
+        places = np.flatnonzero(needy)
+        short = places[table.by_rank(decodes.rows[places])][self._pool.num_free :]
+        runs = np.ones(len(decodes), dtype=np.bool_)
+        runs[short] = False
+        return decodes.keep(runs, table), seq_lens[runs], len(short)
+
+    def _preempt_for(self, needy: Rows) -> None:
+        """Preempt from the end of the rank order until every needy row that still runs has a block free or soon to be free."""
+        table = self._table
+        running = np.concatenate((self._decodes.rows, np.array([row for _, row in self._prefilling], dtype=np.intp)))
+        waiting_for_block = dict.fromkeys(needy.tolist())
+        for row in running[table.by_rank(running)][::-1].tolist():
+            if len(waiting_for_block) <= self._pool.num_free + self._num_blocks_to_come():
+                return
+            waiting_for_block.pop(row, None)
+            owner = self._owners[row]
+            if not isinstance(owner, Running):
+                raise InvariantError(f"row {row} is scheduled but does not run")
+            self._num_preemptions += 1
+            self._leave([row])
+            self._drain(owner.preempt(self._planned_step))
+
+    def _num_blocks_to_come(self) -> int:
+        """Blocks that will be free once all draining rows have settled."""
+        if not self._draining:
+            return 0
+        held = np.concatenate([self._table.blocks_of(row) for row in self._draining])
+        blocks, counts = np.unique(held, return_counts=True)
+        return int(np.count_nonzero(self._pool.ref_counts(blocks) == counts))
+
+    def _grow(self, decodes: DecodeSet, seq_lens: I32, changes: list[BlockTableChanges]) -> Rows:
+        """Give a block to each decode row whose next token opens one; returns those rows."""
+        needy = seq_lens > self._table.token_room.take(decodes.rows)
+        count = np.count_nonzero(needy)
+        if not count:
+            return NO_ROWS
+        rows = decodes.rows[needy]
+        blocks = self._pool.take(int(count))
+        columns = self._table.append_blocks(rows, blocks)
+        changes.append(BlockTableChanges(rows=decodes.rows_i32[needy], columns=columns, blocks=blocks))
+        return rows
+
+    def _plan_chunks(
+        self, num_decodes: int, may_admit: bool, changes: list[BlockTableChanges]
+    ) -> tuple[list[Chunk], list[tuple[int, Request]]]:
+        """Fill the step's tokens after the decode rows with prompt chunks: by priority, running requests before new ones."""
+        budget = self.config.max_tokens_per_forward - num_decodes
+        chunks: list[Chunk] = []
+        admitted: list[tuple[int, Request]] = []
+        running = deque(self._prefilling)
+        while budget > 0:
+            head = self._waiting.head() if may_admit else None
+            if running and (head is None or running[0][0][0] <= head.request.rank[0]):
+                row = running.popleft()[1]
+            elif head is not None:
+                request = head.request
+                admission = self._admit(head)
+                if admission is None:
+                    may_admit = False
+                    continue
+                row, change = admission
+                admitted.append((row, request))
+                changes.append(change)
+            else:
+                break
+            chunk = self._next_chunk(row, budget)
+            budget -= chunk.stop - chunk.start
+            chunks.append(chunk)
+        return chunks, admitted
+
+    def _next_chunk(self, row: int, budget: int) -> Chunk:
+        table = self._table
+        start, num_tokens = int(table.num_computed_tokens[row]), int(table.num_tokens[row])
+        stop = min(num_tokens, start + budget)
+        table.num_computed_tokens[row] = stop
+        self._register_full_blocks(row)
+        return Chunk(row, start, stop, last=stop == num_tokens)
+
+    def _admit(self, head: Waiting) -> tuple[int, BlockTableChanges] | None:
+        """Give the head of the queue a row and the blocks for all its tokens so far; None if it has to wait."""
+        table, pool, block_size = self._table, self._pool, self.config.block_size
+        num_running = len(self._decodes) + len(self._prefilling)
+        if num_running >= self.config.max_running or not table.num_free_rows:
+            return None
+        request, tokens = head.request, head.tokens
+        num_blocks = -(-len(tokens) // block_size)
+        if self.config.prefix_cache:
+            request.chain.extend(tokens, len(tokens) // block_size)
+        shared = self._index.longest_prefix(request.chain, (len(tokens) - 1) // block_size)
+        num_fresh = num_blocks - len(shared)
+        num_needed = num_fresh + int(np.count_nonzero(pool.ref_counts(shared) == 0))
+        if num_needed > pool.num_free or not self._admission.admits(num_needed, Load(num_running, pool.num_free)):
+            return None
+        pool.share(shared)
+        blocks = np.concatenate((shared, pool.take(num_fresh)))
+        row = table.take_row()
+        self._fill_row(row, request, tokens, blocks, num_shared=len(shared))
+        owner = self._waiting.pop().admit(row)
+        self._owners[row] = owner
+        self._states[request.request_id] = owner
+        insort(self._prefilling, (request.rank, row))
+        columns = np.arange(num_blocks, dtype=np.int32)
+        return row, BlockTableChanges(np.full(num_blocks, row, dtype=np.int32), columns, blocks)
+
+    def _fill_row(self, row: int, request: Request, tokens: I32, blocks: I32, num_shared: int) -> None:
+        table, num_computed = self._table, num_shared * self.config.block_size
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = num_computed
+            self._num_prompt_tokens += request.num_prompt_tokens
+            self._num_cached_tokens += num_computed
+        request.num_registered_blocks = num_shared
+        table.request_id[row] = request.request_id
+        table.priority[row], table.arrival[row] = request.rank
+        table.num_cached_tokens[row] = request.num_cached_tokens
+        table.max_total_tokens[row] = request.max_total_tokens
+        table.num_tokens[row] = len(tokens)
+        table.num_computed_tokens[row] = num_computed
+        table.token_room[row] = len(blocks) * self.config.block_size
+        table.tokens[row, : len(tokens)] = tokens
+        table.blocks[row, : len(blocks)] = blocks
+        table.set_stop_ids(row, request.stop_token_ids)
+
+    def _end_or_decode(self, decodes: DecodeSet, seq_lens: I32, chunks: list[Chunk]) -> None:
+        """After a plan is made: rows that draw their last token in it drain, rows whose prompt ends in it decode from now on."""
+        table = self._table
+        final = seq_lens == decodes.final_seq_lens
+        ending: list[int] = decodes.rows[final].tolist() if np.count_nonzero(final) else []
+        begun = [chunk.row for chunk in chunks if chunk.last]
+        if begun:
+            self._prefilling = [entry for entry in self._prefilling if entry[1] not in begun]
+            self._decodes = self._decodes.plus(begun, table)
+            ending += [row for row in begun if table.num_tokens[row] + 1 == table.max_total_tokens[row]]
+        if ending:
+            self._decodes = self._decodes.without(ending, table)
+        for row in ending:
+            owner = self._owners[row]
+            if not isinstance(owner, Running):
+                raise InvariantError(f"row {row} was planned but does not run")
+            self._drain(owner.finish(FinishReason.LENGTH, self._planned_step))
+
+    # ----------------------------------------------------------------------------------------------------------- commit
+
+    def commit(self, result: StepResult) -> TokenOutputs:
+        """Take in what the oldest step in flight drew; returns its tokens of requests that are still wanted."""
+        if not self._in_flight or self._in_flight[0].step != result.step:
+            raise InvariantError(f"the result of step {result.step} is not that of the oldest step in flight")
+        step = self._in_flight.popleft()
+        if len(result.sampled) != step.num_rows:
+            raise InvariantError(f"step {step.step} has {step.num_rows} rows, its result {len(result.sampled)}")
+        table = self._table
+        rows, request_ids, cached = step.rows, step.request_ids, step.num_cached_tokens
+        sampled = result.sampled if step.drawn is None else result.sampled[step.drawn]
+        if step.epoch != table.epoch:
+            wanted = table.generation.take(rows) == step.generations
+            if not wanted.all():
+                rows, request_ids, cached, sampled = rows[wanted], request_ids[wanted], cached[wanted], sampled[wanted]
+        num_tokens = table.append_tokens(rows, sampled)
+        self._settled_step = step.step
+        self._num_steps += 1
+        self._num_generated_tokens += len(rows)
+        ends = num_tokens == table.max_total_tokens.take(rows)
+        stops = table.is_stop(rows, sampled)
+        finish = ends.view(np.uint8) * np.uint8(FinishReason.LENGTH)
+        if np.count_nonzero(stops):
+            finish[stops] = FinishReason.STOP
+            self._stop(rows[stops].tolist())
+        if self.config.prefix_cache:
+            self._register_some(step)
+        self._settle()
+        return TokenOutputs(request_ids, sampled, finish, cached)
+
+    def _stop(self, rows: list[int]) -> None:
+        """End these rows by a stop token: results of steps already planned for them are dropped."""
+        self._leave(rows)
+        for row in rows:
+            owner = self._owners[row]
+            self._table.drop_late_results(row)
+            if isinstance(owner, Running):
+                self._drain(owner.finish(FinishReason.STOP, self._planned_step))
+            elif isinstance(owner, Draining):
+                owner = owner.finish(FinishReason.STOP)
+                self._owners[row] = owner
+                self._states[owner.request.request_id] = owner
+
+    def _register_some(self, step: StepInFlight) -> None:
+        """Offer a bounded number of newly filled blocks to the prefix index, a little more than fill on average: hashing all at
+        once would make the steps slow in which many rows fill a block together."""
+        self._to_register.extend(step.filled.tolist())
+        for _ in range(min(len(self._to_register), 1 + step.num_rows // self.config.block_size)):
+            self._register_full_blocks(self._to_register.popleft())
+
+    # ------------------------------------------------------------------------------------------------ rows come and go
+
+    def _register_full_blocks(self, row: int) -> None:
+        """Offer the row's full blocks that are not registered yet. Their tokens' ids are known and their KV is written by steps
+        planned so far, hence before any step that could find them here reads it (steps run in order)."""
+        owner = self._owners[row]
+        if owner is None or not self.config.prefix_cache:
+            return
+        table, request = self._table, owner.request
+        num_full = int(min(table.num_computed_tokens[row], table.num_tokens[row])) // self.config.block_size
+        request.chain.extend(table.tokens[row], num_full)
+        for place in range(request.num_registered_blocks, num_full):
+            self._index.register(request.chain.key(place), int(table.blocks[row, place]))
+        request.num_registered_blocks = max(request.num_registered_blocks, num_full)
+
+    def _leave(self, rows: list[int]) -> None:
+        """These rows are in no further plan."""
+        self._decodes = self._decodes.without(rows, self._table)
+        if self._prefilling:
+            self._prefilling = [entry for entry in self._prefilling if entry[1] not in rows]
+
+    def _drain(self, draining: Draining) -> None:
+        self._owners[draining.row] = draining
+        request_id = draining.request.request_id
+        if request_id in self._states:
+            self._states[request_id] = draining
+        self._draining.append(draining.row)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Give back what draining rows hold that no step in flight touches any more."""
+        while self._draining:
+            row = self._draining[0]
+            owner = self._owners[row]
+            if not isinstance(owner, Draining):
+                raise InvariantError(f"row {row} is to settle but does not drain")
+            if owner.last_step > self._settled_step:
+                return
+            self._draining.popleft()
+            self._register_full_blocks(row)
+            request_id = owner.request.request_id
+            after = owner.settle(self._settled_step, self._table, self._pool)
+            self._owners[row] = None
+            if isinstance(after, Waiting):
+                self._states[request_id] = after
+                self._waiting.push(after)
+            elif isinstance(after, Finished) and after.reason is not FinishReason.ABORT:
+                del self._states[request_id]
+
+    # ---------------------------------------------------------------------------------------------------------- outside
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request or step is not over yet."""
+        return bool(self._states or self._draining or self._in_flight)
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters, as they stand between calls."""
+        num_running = len(self._decodes) + len(self._prefilling) + len(self._draining)
+        owners = [self._owners[row] for row in self._draining]
+        num_aborted = sum(isinstance(owner, Draining) and owner.reason is FinishReason.ABORT for owner in owners)
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=len(self._states) - (num_running - num_aborted),
+            num_free_blocks=self._pool.num_free,
+            num_blocks=self._pool.num_blocks,
+            num_steps_total=self._num_steps,
+            prompt_tokens_total=self._num_prompt_tokens,
+            cached_prompt_tokens_total=self._num_cached_tokens,
+            generation_tokens_total=self._num_generated_tokens,
+            preemptions_total=self._num_preemptions,
+        )
+
+    def check_invariants(self) -> None:
+        """Raise InvariantError unless every row, block and index entry is accounted for; slow, for tests."""
+        table = self._table
+        rows = table.live_rows()
+        held = [table.blocks_of(row) for row in rows.tolist()]
+        self._pool.check_invariants(np.concatenate(held) if held else np.empty(0, dtype=np.int32))
+        self._index.check_invariants()
+        table.check_invariants()
+        owned = [row for row, owner in enumerate(self._owners) if owner is not None]
+        scheduled = self._decodes.rows.tolist() + [row for _, row in self._prefilling] + list(self._draining)
+        if owned != rows.tolist() or sorted(scheduled) != owned:
+            raise InvariantError("rows, owners and the lists of what runs and drains disagree")

@@ -1,0 +1,1 @@
+"""Models: what each computes (spec), the blocks they are made of, and one family a file."""

@@ -1,0 +1,1 @@
+"""Weights: their formats, the readers of checkpoints, and the loader that fills a model."""

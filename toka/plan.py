@@ -78,9 +78,9 @@ class BatchPlan:
         """Position in its request of every token; int32 [T]."""
         lens = np.diff(self.query_start)
         first = self.seq_lens - lens
-        return np.repeat(first - self.query_start[:-1], lens).astype(np.int32) + np.arange(
-            self.num_tokens, dtype=np.int32
-        )
+        offsets: I32 = np.repeat(first - self.query_start[:-1], lens).astype(np.int32)
+        offsets += np.arange(self.num_tokens, dtype=np.int32)
+        return offsets
 
     def token_rows(self) -> I32:
         """Row of every token; int32 [T]."""

@@ -30,9 +30,9 @@ class KeyChain:
         ).digest()
         self.keys = [root]  # keys[i + 1] belongs to block i
 
-    def key(self, block: int) -> bytes:
-        """Key of the request's block number `block`, which `extend` has seen."""
-        return self.keys[block + 1]
+    def keys_of(self, start: int, stop: int) -> list[bytes]:
+        """Keys of the request's blocks start .. stop - 1, which are known."""
+        return self.keys[start + 1 : stop + 1]
 
     @property
     def num_blocks(self) -> int:
@@ -40,15 +40,18 @@ class KeyChain:
 
     def extend(self, tokens: I32, num_blocks: int) -> None:
         """Make the keys of the first num_blocks blocks known; tokens: int32, at least num_blocks * block_size of them."""
-        first, size, secret = self.num_blocks, self._block_size, self._secret
-        if num_blocks <= first:
-            return
-        key = self.keys[-1]
-        content = tokens[first * size : num_blocks * size].tobytes()
-        block_bytes = len(content) // (num_blocks - first)
-        for start in range(0, len(content), block_bytes):
-            key = blake2b(key + content[start : start + block_bytes], digest_size=KEY_BYTES, key=secret).digest()
-            self.keys.append(key)
+        first, size = self.num_blocks, self._block_size
+        if first < num_blocks:
+            content = tokens[first * size : num_blocks * size].tobytes()
+            block_bytes = len(content) // (num_blocks - first)
+            for start in range(0, len(content), block_bytes):
+                self.append(content[start : start + block_bytes])
+
+    def append(self, content: bytes) -> bytes:
+        """Make the key of the next block known and return it; content: its token ids, int32 bytes."""
+        key = blake2b(self.keys[-1] + content, digest_size=KEY_BYTES, key=self._secret).digest()
+        self.keys.append(key)
+        return key
 
     def fork(self) -> KeyChain:
         """An independent chain with the same keys so far (the samples of one prompt)."""
@@ -79,21 +82,24 @@ class PrefixIndex:
         """The blocks that hold the first tokens of a request, as many as are known, at most max_blocks; int32."""
         block_of = self._block_of
         found: list[int] = []
-        for key in chain.keys[1 : max_blocks + 1]:
+        for key in chain.keys_of(0, max_blocks):
             block = block_of.get(key)
             if block is None:
                 break
             found.append(block)
         return np.array(found, dtype=np.int32)
 
-    def register(self, key: bytes, block: int) -> None:
-        """Make a full block findable. Where another block holds the same content already, that one stays the known one."""
-        if self._key_of[block] is not None:
-            raise InvariantError(f"block {block} is in the prefix index already")
-        if key not in self._block_of:
-            self._block_of[key] = block
-            self._key_of[block] = key
-            self._is_cached[block] = True
+    def register(self, keys: list[bytes], blocks: I32) -> None:
+        """Make full blocks findable. Where another block holds the same content already, that one stays the known one."""
+        block_of, key_of = self._block_of, self._key_of
+        numbers: list[int] = blocks.tolist()
+        for key, block in zip(keys, numbers, strict=True):
+            if key_of[block] is not None:
+                raise InvariantError(f"block {block} is in the prefix index already")
+            if key not in block_of:
+                block_of[key] = block
+                key_of[block] = key
+        self._is_cached[blocks] = [key_of[block] is not None for block in numbers]
 
     def forget(self, blocks: I32) -> None:
         """The content of these cached blocks is about to be overwritten."""

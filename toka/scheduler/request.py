@@ -26,7 +26,6 @@ class Request:
 
     rank: (priority, arrival), lower runs first. max_total_tokens: prompt + max_tokens. chain: keys of its full blocks.
     num_cached_tokens: prompt tokens found in the prefix cache at its first admission, -1 before.
-    num_registered_blocks: blocks from its start that were offered to the prefix index since its last admission.
     """
 
     request_id: int
@@ -38,7 +37,6 @@ class Request:
     max_total_tokens: int
     chain: KeyChain
     num_cached_tokens: int = -1
-    num_registered_blocks: int = 0
 
 
 class _State:

@@ -30,6 +30,7 @@ class RequestTable:
     num_tokens int32: tokens whose ids the host knows. num_computed_tokens int32: tokens whose KV is written once every plan made so
     far has run. A request prefills while num_computed_tokens < num_tokens before its first draw; afterwards every step computes one.
     token_room int32: tokens that the row's blocks can hold, block_size times their number.
+    num_registered_blocks int32: blocks from the row's start that were offered to the prefix index or found there.
     generation int32.
     tokens int32 [M, L]; blocks int32 [M, B]; stop_ids int32 [S, M], -1 where unused.
     """
@@ -45,6 +46,7 @@ class RequestTable:
         self.num_tokens = np.zeros(rows, dtype=np.int32)
         self.num_computed_tokens = np.zeros(rows, dtype=np.int32)
         self.token_room = np.zeros(rows, dtype=np.int32)
+        self.num_registered_blocks = np.zeros(rows, dtype=np.int32)
         self.generation = np.zeros(rows, dtype=np.int32)
         # An odd number of cache lines a row: rows a power of two apart would all fall into the same few sets of the cache.
         # Pages are touched only as requests grow into them.
@@ -102,6 +104,17 @@ class RequestTable:
     def tokens_of(self, row: int) -> I32:
         """View of the row's token ids that the host knows; int32 [num_tokens]."""
         return self.tokens[row, : self.num_tokens[row]]
+
+    def num_full_blocks(self, rows: Rows) -> I32:
+        """Blocks of each row whose tokens are all known to the host and computed by plans made so far; int32 [R]."""
+        full: I32 = np.minimum(self.num_computed_tokens[rows], self.num_tokens[rows]) // np.int32(self.block_size)
+        return full
+
+    def block_contents(self, rows: Rows, places: I32) -> bytes:
+        """Token ids of block number places[i] of rows[i], one after another; int32 bytes."""
+        columns = (places * np.int32(self.block_size))[:, None] + np.arange(self.block_size, dtype=np.int32)
+        contents: I32 = self.tokens[rows[:, None], columns]
+        return contents.tobytes()
 
     def append_blocks(self, rows: Rows, blocks: I32) -> I32:
         """Give one more block to each of these distinct rows; returns the columns they went to, int32 [C]."""

@@ -162,6 +162,7 @@ class Scheduler:
             self._table.drop_late_results(state.row)
             self._leave([state.row])
             self._drain(state.finish(FinishReason.ABORT, self._planned_step))
+            self._settle()
         elif isinstance(state, Draining):
             self._table.drop_late_results(state.row)
             self._owners[state.row] = state.finish(FinishReason.ABORT)
@@ -225,6 +226,7 @@ class Scheduler:
             self._num_preemptions += 1
             self._leave([row])
             self._drain(owner.preempt(self._planned_step))
+            self._settle()
 
     def _num_blocks_to_come(self) -> int:
         """Blocks that will be free once all draining rows have settled."""
@@ -314,7 +316,6 @@ class Scheduler:
             request.num_cached_tokens = num_computed
             self._num_prompt_tokens += request.num_prompt_tokens
             self._num_cached_tokens += num_computed
-        request.num_registered_blocks = num_shared
         table.request_id[row] = request.request_id
         table.priority[row], table.arrival[row] = request.rank
         table.num_cached_tokens[row] = request.num_cached_tokens
@@ -322,6 +323,7 @@ class Scheduler:
         table.num_tokens[row] = len(tokens)
         table.num_computed_tokens[row] = num_computed
         table.token_room[row] = len(blocks) * self.config.block_size
+        table.num_registered_blocks[row] = num_shared
         table.tokens[row, : len(tokens)] = tokens
         table.blocks[row, : len(blocks)] = blocks
         table.set_stop_ids(row, request.stop_token_ids)
@@ -391,9 +393,19 @@ class Scheduler:
     def _register_some(self, step: StepInFlight) -> None:
         """Offer a bounded number of newly filled blocks to the prefix index, a little more than fill on average: hashing all at
         once would make the steps slow in which many rows fill a block together."""
-        self._to_register.extend(step.filled.tolist())
-        for _ in range(min(len(self._to_register), 1 + step.num_rows // self.config.block_size)):
-            self._register_full_blocks(self._to_register.popleft())
+        queue, table = self._to_register, self._table
+        queue.extend(step.filled.tolist())
+        count = min(len(queue), 1 + step.num_rows // self.config.block_size)
+        if not count:
+            return
+        taken = dict.fromkeys(queue.popleft() for _ in range(count))
+        rows = np.array([row for row in taken if self._owners[row] is not None], dtype=np.intp)
+        places = table.num_registered_blocks[rows]
+        num_new = table.num_full_blocks(rows) - places
+        for row in rows[num_new > 1].tolist():
+            self._register_full_blocks(row)
+        single = num_new == 1
+        self._register_next_block(rows[single], places[single])
 
     # ------------------------------------------------------------------------------------------------ rows come and go
 
@@ -403,12 +415,29 @@ class Scheduler:
         owner = self._owners[row]
         if owner is None or not self.config.prefix_cache:
             return
-        table, request = self._table, owner.request
-        num_full = int(min(table.num_computed_tokens[row], table.num_tokens[row])) // self.config.block_size
-        request.chain.extend(table.tokens[row], num_full)
-        for place in range(request.num_registered_blocks, num_full):
-            self._index.register(request.chain.key(place), int(table.blocks[row, place]))
-        request.num_registered_blocks = max(request.num_registered_blocks, num_full)
+        table, chain = self._table, owner.request.chain
+        start = int(table.num_registered_blocks[row])
+        stop = int(min(table.num_computed_tokens[row], table.num_tokens[row])) // self.config.block_size
+        if start < stop:
+            chain.extend(table.tokens[row], stop)
+            self._index.register(chain.keys_of(start, stop), table.blocks[row, start:stop])
+            table.num_registered_blocks[row] = stop
+
+    def _register_next_block(self, rows: Rows, places: I32) -> None:
+        """The same for rows that have just one such block, number places[i]; vectorised, for the steps that decode."""
+        table, block_bytes = self._table, 4 * self.config.block_size
+        contents = table.block_contents(rows, places)
+        keys: list[bytes] = []
+        for i, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
+            owner = self._owners[row]
+            if owner is None:
+                raise InvariantError(f"row {row} has a block to register but no owner")
+            chain = owner.request.chain
+            known = chain.num_blocks > place  # by an earlier admission; the block has been evicted since
+            content = contents[i * block_bytes : (i + 1) * block_bytes]
+            keys.append(chain.keys_of(place, place + 1)[0] if known else chain.append(content))
+        self._index.register(keys, table.blocks[rows, places])
+        table.num_registered_blocks[rows] = places + np.int32(1)
 
     def _leave(self, rows: list[int]) -> None:
         """These rows are in no further plan."""
@@ -422,7 +451,6 @@ class Scheduler:
         if request_id in self._states:
             self._states[request_id] = draining
         self._draining.append(draining.row)
-        self._settle()
 
     def _settle(self) -> None:
         """Give back what draining rows hold that no step in flight touches any more."""

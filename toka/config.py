@@ -263,6 +263,11 @@ def find_cxx() -> str | None:
     return None
 
 
+def num_available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def hub_offline() -> bool:
     """Whether the user forbids the hub (HF_HUB_OFFLINE)."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")

@@ -1,0 +1,1 @@
+"""One pass a file; their order stands in compile/pipeline.py."""

@@ -1,0 +1,1 @@
+"""What a step needs on the device: buffers, tables, KV cache, and the runner that turns a plan into a result."""

@@ -1,0 +1,74 @@
+"""From a region's module to a graph with symbolic sizes (floor 4)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from toka.compile.step_graph import Region, TensorSpec
+
+# Sizes that stand in for symbolic ones while tracing. They are larger than 1, since a size of 0 or 1 would be taken for a constant, and
+# all different, so that two symbols are never taken for one.
+_TRACE_SIZES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+
+
+@dataclass(frozen=True)
+class TracedRegion:
+    """A region as a graph: placeholders are its parameters, then its inputs, in order; the outputs are a flat tuple of tensors."""
+
+    region: Region
+    program: ExportedProgram
+
+
+class _WithParametersAsInputs(nn.Module):
+    """Calls a module with the parameters it is given, so that tracing sees them as inputs."""
+
+    def __init__(self, region: Region):
+        super().__init__()
+        self._names = region.parameter_names()
+        object.__setattr__(self, "_body", region.module)  # not a submodule: its own parameters must stay outside
+
+    def forward(self, parameters: list[torch.Tensor], inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        outputs = torch.func.functional_call(self._body, dict(zip(self._names, parameters, strict=True)), tuple(inputs))
+        return tuple(outputs)
+
+
+def trace(region: Region, device: torch.device) -> TracedRegion:
+    """Trace one region with every symbolic size free from 1 up, without running anything or touching a parameter's data."""
+    symbols = sorted({size for _, spec in region.inputs for size in spec.shape if isinstance(size, str)})
+    sizes = dict(zip(symbols, _TRACE_SIZES, strict=False))
+    if len(sizes) < len(symbols):
+        raise ValueError(f"region {region.name} has more than {len(_TRACE_SIZES)} symbolic sizes")
+    dims = {symbol: Dim(symbol, min=1) for symbol in symbols}
+    with _fake_tensors():
+        parameters = [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for _, tensor in region.parameters()]
+        inputs = [_example(spec, sizes, device) for _, spec in region.inputs]
+    dynamic = [
+        {i: dims[size] for i, size in enumerate(spec.shape) if isinstance(size, str)} for _, spec in region.inputs
+    ]
+    with torch.no_grad():
+        program = torch.export.export(
+            _WithParametersAsInputs(region),
+            (parameters, inputs),
+            dynamic_shapes=([None] * len(parameters), dynamic),
+            strict=False,
+        )
+    return TracedRegion(region, program)
+
+
+@contextlib.contextmanager
+def _fake_tensors() -> Iterator[None]:
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        yield
+
+
+def _example(spec: TensorSpec, sizes: dict[str, int], device: torch.device) -> torch.Tensor:
+    shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+    return torch.empty(shape, dtype=spec.dtype, device=device)

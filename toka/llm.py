@@ -1,0 +1,190 @@
+"""The engine as a library, in this process: `LLM("default").generate(prompts, SamplingParams(max_tokens=64))` (floor 8)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from toka.config import Config, hub_offline, num_available_cores, set_engine_environment
+from toka.errors import ConfigError
+from toka.messages import Submit, pack_tokens
+from toka.model_source import locate, read_hf_config
+from toka.params import SamplingParams
+from toka.text.generated_text import GeneratedText
+from toka.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from toka.scheduler.scheduler import TokenOutputs
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass
+class Completion:
+    """One sample. token_ids: everything generated, an end token included. finish_reason: "stop" or "length"."""
+
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """One prompt and its `n` samples. num_cached_tokens: of the prompt, found in the prefix cache."""
+
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """A model, loaded, compiled and warm. Not thread-safe. Flags are those of `toka key=value`, as keyword arguments.
+
+    Raises ConfigError for a wrong flag, checkpoint or machine. Call `close()` (or use `with`) to free the model.
+    """
+
+    def __init__(self, model: str = "default", *, quiet: bool = False, **flags: Any):
+        known = {spec.name for spec in dataclasses.fields(Config)}
+        if unknown := sorted(flags.keys() - known):
+            raise ConfigError(f"unknown flag {unknown[0]!r}")
+        config = Config(model=model, **flags).check()
+        cache = config.cache_path()
+        set_engine_environment(config.num_threads or num_available_cores(), cache)
+        from toka.engine.build import build_engine  # imports torch, which reads the environment set above
+
+        source = locate(config.model, config.tokenizer, cache, offline=hub_offline())
+        self._engine, _ = build_engine(config, source, quiet=quiet)
+        self.tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
+        self.model_name = source.name
+        self._request_ids = itertools.count(1)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the step thread; the object is of no further use."""
+        self._engine.shutdown()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate from each prompt (text, or token ids); results in the order of the prompts.
+
+        params: one for all, or one each. Raises RequestError for a prompt or setting that cannot be; then nothing runs on.
+        """
+        all_prompts = [prompts] if isinstance(prompts, str) or _is_token_prompt(prompts) else list(prompts)
+        all_params = (
+            [params or SamplingParams()] * len(all_prompts) if not isinstance(params, Sequence) else list(params)
+        )
+        if len(all_params) != len(all_prompts):
+            raise ValueError(f"{len(all_prompts)} prompts but {len(all_params)} SamplingParams")
+        run = _Run(self)
+        try:
+            for prompt, each in zip(all_prompts, all_params, strict=True):
+                run.submit(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt), each.check())
+            with tqdm(total=len(run.samples), desc="generate", disable=not use_tqdm, unit="sample") as bar:
+                run.to_the_end(bar)
+        finally:
+            run.abort()
+        return run.outputs
+
+    def chat(
+        self,
+        conversations: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate the assistant's next message in one conversation (a list of messages) or several."""
+        several = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise ConfigError(f"{self.model_name} has no chat template; use generate()")
+        texts = [template.render(messages, add_generation_prompt=True) for messages in several]
+        return self.generate(
+            [self.tokenizer.encode(text, add_special_tokens=False) for text in texts], params, use_tqdm=use_tqdm
+        )
+
+
+def _is_token_prompt(prompts: Any) -> bool:
+    return len(prompts) > 0 and not isinstance(prompts[0], str | Sequence)
+
+
+class _Run:
+    """The requests of one call of `generate`."""
+
+    def __init__(self, llm: LLM):
+        self._llm = llm
+        self.outputs: list[RequestOutput] = []
+        self.samples: dict[int, tuple[RequestOutput, Completion, GeneratedText]] = {}
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> None:
+        llm, first_id = self._llm, next(self._llm._request_ids)
+        llm._request_ids = itertools.count(first_id + params.n)
+        stop_ids = (
+            params.stop_token_ids if params.ignore_eos else (*llm.tokenizer.eos_token_ids, *params.stop_token_ids)
+        )
+        seed = secrets.randbits(62) if params.seed is None else params.seed
+        llm._engine.submit(
+            Submit(
+                request_id=first_id,
+                prompt=pack_tokens(prompt),
+                sampling=params,
+                stop_token_ids=tuple(dict.fromkeys(stop_ids)),
+                seed=seed,
+            )
+        )
+        output = RequestOutput(prompt, [Completion() for _ in range(params.n)])
+        self.outputs.append(output)
+        for i, completion in enumerate(output.completions):
+            self.samples[first_id + i] = (output, completion, GeneratedText(llm.tokenizer.token_bytes, params))
+
+    def to_the_end(self, bar: tqdm) -> None:
+        engine = self._llm._engine
+        while engine.has_work:
+            outputs = engine.step()
+            if outputs is not None:
+                self._take(outputs, bar)
+
+    def _take(self, outputs: TokenOutputs, bar: tqdm) -> None:
+        entries = zip(
+            outputs.request_ids.tolist(),
+            outputs.token_ids.tolist(),
+            outputs.finish.tolist(),
+            outputs.cached.tolist(),
+            strict=True,
+        )
+        for request_id, token_id, finish, num_cached in entries:
+            if request_id not in self.samples:
+                continue  # ended by a stop string while this token was under way
+            output, completion, text = self.samples[request_id]
+            if not completion.token_ids:
+                output.num_cached_tokens = max(output.num_cached_tokens, num_cached)
+            if token_id >= 0:
+                completion.token_ids.append(token_id)
+            completion.text += text.take(token_id, finish)
+            completion.finish_reason = text.finish_reason
+            if text.finish_reason is not None:
+                del self.samples[request_id]
+                bar.update()
+                if not finish:
+                    self._llm._engine.abort([request_id])
+
+    def abort(self) -> None:
+        """End what still runs, so that an interrupted call leaves nothing behind."""
+        engine = self._llm._engine
+        engine.abort(list(self.samples))
+        while engine.has_work:
+            engine.step()

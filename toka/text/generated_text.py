@@ -1,0 +1,56 @@
+"""The text of one sample as its tokens come in: detokenised, cut at stop strings, closed with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from toka.messages import FinishReason
+from toka.params import SamplingParams
+from toka.text.detokenizer import Detokenizer
+from toka.text.stop import StopMatcher
+
+_REASON_WORDS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+    FinishReason.ERROR: "error",
+}
+
+
+class GeneratedText:
+    """Feed it a sample's tokens; it says what text is certain and when the sample is over.
+
+    token_bytes: see `Detokenizer`. num_tokens: tokens taken so far. finish_reason: "stop", "length", "abort", "error", or None.
+    """
+
+    __slots__ = ("_detokenizer", "_matcher", "_min_tokens", "finish_reason", "num_tokens")
+
+    def __init__(self, token_bytes: Callable[[int], bytes], sampling: SamplingParams):
+        self._detokenizer = Detokenizer(token_bytes)
+        self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        self._min_tokens = sampling.min_tokens
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+
+    def take(self, token_id: int, finish: int) -> str:
+        """One token (-1 = none) and why it is the last (FinishReason); returns the text that is now certain, maybe "".
+
+        The token that ends a sample by STOP is counted but is no part of the text. Sets `finish_reason` when the sample is over, which
+        a stop string can bring about while the engine still generates.
+        """
+        text = ""
+        if token_id >= 0:
+            self.num_tokens += 1
+            if finish != FinishReason.STOP:
+                text = self._detokenizer.push(token_id)
+        if finish:
+            self.finish_reason = _REASON_WORDS[FinishReason(finish)]
+            text += self._detokenizer.flush()
+        if self._matcher is None:
+            return text
+        text = self._matcher.push(text, may_stop=self.num_tokens >= self._min_tokens)
+        if self._matcher.stopped:
+            self.finish_reason = "stop"
+        elif finish:
+            text += self._matcher.flush()
+        return text

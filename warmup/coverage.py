@@ -1,0 +1,70 @@
+"""Every bucket that serving can reach, as plans that exercise it (floor 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from toka.params import MAX_STOP_TOKEN_IDS
+from toka.plan import BatchPlan, BlockTableChanges, RowSettings
+from toka.runner.model_runner import ModelRunner
+from toka.runner.step_buffers import Bucket
+
+
+def buckets(runner: ModelRunner) -> Iterator[Bucket]:
+    """All buckets whose parts serving can meet, largest first.
+
+    The regions before the sampler know a bucket's tokens only, the last region its samples only, so each size of either ladder is met
+    once, not each pair: a bucket pairs the i-th largest of both.
+    """
+    tokens, samples = runner.token_sizes[::-1], runner.sample_sizes[::-1]
+    for i in range(max(len(tokens), len(samples))):
+        num_tokens, num_samples = tokens[min(i, len(tokens) - 1)], samples[min(i, len(samples) - 1)]
+        yield Bucket(num_tokens, min(num_tokens, runner.sizes.max_rows), num_samples)
+
+
+def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool) -> BatchPlan:
+    """A plan that fills a bucket with made-up requests in blocks from 0 up; only for a KV cache that holds nothing yet.
+
+    Rows share the bucket's tokens evenly; each begins at position 0. sampled: draw at temperature 1 with every filter on, else greedily.
+    """
+    rows = np.arange(bucket.num_rows, dtype=np.int32)
+    starts = np.linspace(0, bucket.num_tokens, bucket.num_rows + 1).astype(np.int32)
+    lens = np.diff(starts)
+    blocks_per_row = -(-lens // block_size)
+    first_block = np.concatenate(([0], np.cumsum(blocks_per_row)))[:-1]
+    columns = np.concatenate([np.arange(count) for count in blocks_per_row])
+    table = BlockTableChanges(
+        rows=np.repeat(rows, blocks_per_row),
+        columns=columns.astype(np.int32),
+        blocks=((np.repeat(first_block, blocks_per_row) + columns) % num_blocks).astype(np.int32),
+    )
+    samples = np.zeros(bucket.num_rows, dtype=np.bool_)
+    samples[: bucket.num_samples] = True
+    return BatchPlan(
+        step=-1,
+        rows=rows,
+        query_start=starts,
+        token_ids=np.arange(bucket.num_tokens, dtype=np.int32) % 97,
+        seq_lens=lens.astype(np.int32),
+        samples=samples,
+        table=table,
+        settings=_settings(rows, sampled),
+    )
+
+
+def _settings(rows: np.ndarray, sampled: bool) -> RowSettings:
+    def column(value: float, dtype: type) -> np.ndarray:
+        return np.full(len(rows), value, dtype=dtype)
+
+    return RowSettings(
+        rows=rows,
+        temperature=column(1.0 if sampled else 0.0, np.float32),
+        top_k=column(50 if sampled else 0, np.int32),
+        top_p=column(0.9 if sampled else 1.0, np.float32),
+        min_p=column(0.01 if sampled else 0.0, np.float32),
+        seed=column(0, np.int64),
+        held_back_ids=np.full((len(rows), MAX_STOP_TOKEN_IDS), -1, dtype=np.int32),
+        held_back_until=column(0, np.int32),
+    )

@@ -1,9 +1,9 @@
 """A fake device and client around the real scheduler, which find every wrong block.
 
-The fake model keeps one number per KV slot: a hash of the whole prefix up to its token, chained from the cache salt, as a real model's
-KV depends on all tokens before. The next token depends on the numbers of all positions, read through the device's own block table. So a
-stale, shared or misplaced block, a wrong position or a lost token changes the output, and each request's output is compared with what
-the same model says of the request alone.
+The fake model keeps one number per KV slot: a hash of the whole prefix up to its token, chained from the cache salt, as
+a real model's KV depends on all tokens before. The next token depends on the numbers of all positions, read through the
+device's own block table. So a stale, shared or misplaced block, a wrong position or a lost token changes the output,
+and each request's output is compared with what the same model says of the request alone.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def random_walk(seed: int, num_events: int) -> Simulation:
             simulation.submit(
                 prompt,
                 max_tokens=max_tokens,
-                min_tokens=rng.randrange(3) if max_tokens is None or max_tokens > 2 else 0,
+                min_tokens=rng.randrange(min(3, limit - length + 1 if max_tokens is None else max_tokens + 1)),
                 n=rng.choice([1, 1, 1, 2, 4]),
                 stop_ids=rng.choice([(), (3,), (1, 5, 9)]),
                 salt=rng.choice(["", "", "a", "b"]),

@@ -1,7 +1,8 @@
 """Which waiting request may begin: the policy, apart from the mechanism.
 
-The scheduler asks about one request at a time, the head of the queue (lowest priority number, then earliest arrival), and stops at the
-first no. So nobody is overtaken by a request behind it, and a policy that says yes once enough blocks are free starves nobody.
+The scheduler asks about one request at a time, the head of the queue (lowest priority number, then earliest arrival),
+and stops at the first no. So nobody is overtaken by a request behind it, and a policy that says yes once enough blocks
+are free starves nobody.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ class AdmissionPolicy(Protocol):
     """Says whether the head of the queue may begin."""
 
     def admits(self, num_blocks_needed: int, load: Load) -> bool:
-        """num_blocks_needed: free blocks that its first tokens would take, shared ones that others hold not counted."""
+        """num_blocks_needed: free blocks that its first tokens would take, shared ones that others hold not counted.
+
+        Who admits a number of blocks admits any smaller one under the same load.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""What goes into one step: the rows that decode, kept as ready arrays from step to step, and chunks of prompts still to be computed."""
+"""What goes into one step: rows that decode, kept as ready arrays from step to step, and chunks of prompts."""
 
 from __future__ import annotations
 

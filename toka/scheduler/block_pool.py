@@ -1,9 +1,10 @@
 """The KV blocks: who holds how many shares of which, and in which order free ones are reused.
 
-Only this module writes block ids and reference counts. A block is free when nobody holds it; a free block may still be cached, that
-is, findable through the prefix index until it is taken for something else. Free blocks without content go first (last freed first,
-its memory is warm); then cached ones, least recently used first. A request gives its blocks back tail first, so that of two blocks
-freed together the one further from the root of the prefix tree is evicted sooner.
+Only this module writes block ids and reference counts. A block is free when nobody holds it; a free block may still be
+cached, that is, findable through the prefix index until it is taken for something else. Free blocks without content go
+first (last freed first, its memory is warm); then cached ones, least recently used first. A request gives its blocks
+back tail first, so that of two blocks freed together the one further from the root of the prefix tree is evicted
+sooner.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import I32, BatchPlan, BlockTableChanges, RowSettings
+from toka.plan import I32, I64, BatchPlan, BlockTableChanges, RowSettings
 from toka.scheduler.batching import Chunk, DecodeSet, StepInFlight
 from toka.scheduler.request import Request
-from toka.scheduler.request_table import RequestTable, Rows, as_i64
+from toka.scheduler.request_table import RequestTable, Rows
 
 _NO_I32 = np.empty(0, dtype=np.int32)
 _NO_F32 = np.empty(0, dtype=np.float32)
@@ -114,7 +114,7 @@ def settings_of(admitted: list[tuple[int, Request]]) -> RowSettings:
         top_k=np.array([s.top_k for s in sampling], dtype=np.int32),
         top_p=np.array([s.top_p for s in sampling], dtype=np.float32),
         min_p=np.array([s.min_p for s in sampling], dtype=np.float32),
-        seed=as_i64([request.seed for _, request in admitted]),
+        seed=_as_int64([request.seed for _, request in admitted]),
         held_back_ids=held_back_ids,
         held_back_until=held_back_until,
     )
@@ -129,3 +129,8 @@ def merge_table_changes(parts: list[BlockTableChanges]) -> BlockTableChanges:
         columns=np.concatenate([p.columns for p in parts]),
         blocks=np.concatenate([p.blocks for p in parts]),
     )
+
+
+def _as_int64(values: list[int]) -> I64:
+    """Python ints as int64, two's complement beyond 63 bits (a seed plus its sample's number may pass the end)."""
+    return np.array([v & 0xFFFF_FFFF_FFFF_FFFF for v in values], dtype=np.uint64).view(np.int64)

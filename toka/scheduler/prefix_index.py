@@ -1,8 +1,8 @@
 """Which block holds the KV of which prefix: 128-bit keyed hashes, chained from block to block.
 
-The key of a block is BLAKE2b over the key of the block before it and its own token ids, keyed with a secret of this process; the
-chain starts from a hash of the cache salt. So equal keys mean equal salt and equal tokens from the start (up to a chance of
-2^-128 that nobody outside can steer), and no prefix is ever found under another salt.
+The key of a block is BLAKE2b over the key of the block before it and its own token ids, keyed with a secret of this
+process; the chain starts from a hash of the cache salt. So equal keys mean equal salt and equal tokens from the start
+(up to a chance of 2^-128 that nobody outside can steer), and no prefix is ever found under another salt.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The lifecycle of a request as types: Waiting -> Running -> Draining -> Finished, or from Draining back to Waiting (preempted).
+"""The lifecycle of a request as types: Waiting -> Running -> Draining -> Finished, or from Draining back to Waiting
+(preempted).
 
-A transition consumes its object: using it again raises, and a transition that makes no sense has no method, so the type checker
-refuses it. Write every transition as an assignment to the same variable, or take the object out of its container with it; the old
-state is then out of reach for the type checker too. Only `Draining.settle` gives blocks back, and only once no step in flight
-touches them.
+A transition consumes its object: using it again raises, and a transition that makes no sense has no method, so the type
+checker refuses it. Write every transition as an assignment to the same variable, or take the object out of its
+container with it; the old state is then out of reach for the type checker too. Only `Draining.settle` gives blocks
+back, and only once no step in flight touches them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The running requests as columns: one numpy array a fact, one stable row a request.
 
-A row is taken when a request is admitted and given up when it settles. Its generation number changes whenever results that are still
-under way stop being wanted (the request was stopped or aborted, the row has a new owner), so a late result is recognised and dropped.
+A row is taken when a request is admitted and given up when it settles. Its generation number changes whenever results
+that are still under way stop being wanted (the request was stopped or aborted, the row has a new owner), so a late
+result is recognised and dropped.
 
 Legend: M max_rows, S MAX_STOP_IDS_PER_ROW, B max_blocks_per_row, L max_tokens_per_request.
 """
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from toka.errors import InvariantError
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import I32, I64
+from toka.plan import I32
 from toka.scheduler.config import SchedulerConfig
 
 MAX_STOP_IDS_PER_ROW = 2 * MAX_STOP_TOKEN_IDS  # those of the request and those of the model
@@ -25,13 +26,13 @@ Rows = npt.NDArray[np.intp]
 class RequestTable:
     """Columns, all of length M:
 
-    request_id int64; priority, arrival int64 (the rank: lower runs first); num_cached_tokens int32 (prompt tokens found in the
-    prefix cache); max_total_tokens int32 (prompt + max_tokens: the request ends there).
-    num_tokens int32: tokens whose ids the host knows. num_computed_tokens int32: tokens whose KV is written once every plan made so
-    far has run. A request prefills while num_computed_tokens < num_tokens before its first draw; afterwards every step computes one.
+    request_id int64; priority, arrival int64: the rank, lower runs first.
+    num_cached_tokens int32: prompt tokens found in the prefix cache. max_total_tokens int32: prompt + max_tokens.
+    num_tokens int32: tokens whose ids the host knows. num_computed_tokens int32: tokens whose KV is written once every
+    plan made so far has run. A row prefills until its tokens are computed; from its first draw on a step computes one.
     token_room int32: tokens that the row's blocks can hold, block_size times their number.
     num_registered_blocks int32: blocks from the row's start that were offered to the prefix index or found there.
-    generation int32.
+    generation int32: changes when results under way stop being wanted.
     tokens int32 [M, L]; blocks int32 [M, B]; stop_ids int32 [S, M], -1 where unused.
     """
 
@@ -145,8 +146,3 @@ class RequestTable:
         both = sorted(self._free_rows + self.live_rows().tolist())
         if both != list(range(len(self.request_id))):
             raise InvariantError("the free rows disagree with the owned ones")
-
-
-def as_i64(values: list[int]) -> I64:
-    """Python ints as int64, two's complement beyond 63 bits (a seed plus its sample's number may pass the end)."""
-    return np.array([v & 0xFFFF_FFFF_FFFF_FFFF for v in values], dtype=np.uint64).view(np.int64)

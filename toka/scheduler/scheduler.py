@@ -1,12 +1,13 @@
-"""The scheduler: which tokens of which requests the next step computes. Submit, abort, plan, commit; nothing else is public.
+"""The scheduler: which tokens of which requests the next step computes. Submit, abort, plan, commit; nothing else is
+public.
 
     submit ─► WaitingQueue ─admit─► RequestTable row ─┬─► next_plan: decode rows, then prompt chunks ─► BatchPlan
                                                       └◄─ commit: append tokens, stop, settle ◄─ StepResult
 
-Plans run ahead: next_plan may be called steps_in_flight times before the first commit. What a plan needs is known by then except the
-ids of the newest tokens, which stay on the device. A request that ends by its token limit leaves when its last step is planned; one that
-ends by a stop token is known only at commit, and what later steps drew for it is dropped. Either way its row and blocks are given back
-only once no step in flight touches them (request.py).
+Plans run ahead: next_plan may be called steps_in_flight times before the first commit. What a plan needs is known by
+then except the ids of the newest tokens, which stay on the device. A request that ends by its token limit leaves when
+its last step is planned; one that ends by a stop token is known only at commit, and what later steps drew for it is
+dropped. Either way its row and blocks are given back only once no step in flight touches them (request.py).
 
 Every decision depends on the calls made so far and nothing else: no clock, no hash order, no randomness.
 """
@@ -22,8 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toka.errors import InvariantError, RequestError
-from toka.messages import EngineStats, FinishReason, StepOutputs, Submit, unpack_tokens
-from toka.params import MAX_STOP_TOKEN_IDS
+from toka.messages import EngineStats, FinishReason, StepOutputs, Submit
 from toka.plan import I32, I64, BatchPlan, BlockTableChanges, StepResult
 from toka.scheduler.admission import AdmissionPolicy, AdmitWhenFree, Load
 from toka.scheduler.batching import Chunk, DecodeSet, StepInFlight
@@ -36,9 +36,11 @@ from toka.scheduler.plan_builder import (
     merge_table_changes,
     settings_of,
 )
-from toka.scheduler.prefix_index import KeyChain, PrefixIndex
+from toka.scheduler.prefix_index import PrefixIndex
+from toka.scheduler.prefix_registrar import PrefixRegistrar
 from toka.scheduler.request import Draining, Finished, Live, Request, Running, Waiting
-from toka.scheduler.request_table import MAX_STOP_IDS_PER_ROW, RequestTable, Rows
+from toka.scheduler.request_table import RequestTable, Rows
+from toka.scheduler.submission import samples_of
 from toka.scheduler.waiting_queue import WaitingQueue
 
 
@@ -68,6 +70,16 @@ class TokenOutputs:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Blocked:
+    """Why the head of the queue could not begin: it needed num_fresh blocks at least, and still does until the index knows
+    missing_key, the first of its blocks that was not shared (None: all that may be shared were)."""
+
+    head: Waiting
+    num_fresh: int
+    missing_key: bytes | None
+
+
 class Scheduler:
     """Continuous batching with chunked prefill over paged KV blocks; see the module's docstring.
 
@@ -83,6 +95,7 @@ class Scheduler:
         self._admission = admission or AdmitWhenFree(config.watermark_blocks)
         self._table = RequestTable(config)
         self._index = PrefixIndex(config.num_blocks)
+        self._registrar = PrefixRegistrar(self._table, self._index, enabled=config.prefix_cache)
         self._pool = BlockPool(config.num_blocks, self._index)
         self._states: dict[int, Live] = {}  # by request id; what is over is not in it
         self._waiting = WaitingQueue()
@@ -91,7 +104,7 @@ class Scheduler:
         self._draining: deque[int] = deque()  # rows in the order of the last steps that touch them
         self._owners: list[Running | Draining | None] = [None] * config.max_rows
         self._in_flight: deque[StepInFlight] = deque()
-        self._to_register: deque[int] = deque()  # rows with full blocks that the prefix index has not been offered yet
+        self._blocked: _Blocked | None = None
         self._planned_step = 0  # the newest plan
         self._settled_step = 0  # the newest plan of which the result is in
         self._num_arrivals = 0
@@ -105,53 +118,14 @@ class Scheduler:
 
     def submit(self, submit: Submit) -> None:
         """Queue the samples of one prompt. Raises RequestError if it is malformed or could never fit; then none is queued."""
-        prompt = unpack_tokens(submit.prompt)
-        self._check(submit, prompt)
-        sampling = submit.sampling
-        limit = self.config.max_tokens_per_request
-        chain = KeyChain(self._secret, submit.cache_salt, self.config.block_size)
-        if self.config.prefix_cache:
-            chain.extend(prompt, len(prompt) // self.config.block_size)
-        for sample in range(sampling.n):
-            request = Request(
-                request_id=submit.request_id + sample,
-                rank=(submit.priority, self._num_arrivals),
-                sampling=sampling,
-                stop_token_ids=submit.stop_token_ids,
-                seed=submit.seed + sample,
-                num_prompt_tokens=len(prompt),
-                max_total_tokens=limit if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,
-                chain=chain.fork() if sample + 1 < sampling.n else chain,
-            )
-            self._num_arrivals += 1
-            waiting = Waiting(request, prompt)
-            self._states[request.request_id] = waiting
-            self._waiting.push(waiting)
-
-    def _check(self, submit: Submit, prompt: I32) -> None:
-        sampling, limit = submit.sampling.check(), self.config.max_tokens_per_request
-        for request_id in range(submit.request_id, submit.request_id + sampling.n):
+        num_samples = submit.sampling.check().n
+        for request_id in range(submit.request_id, submit.request_id + num_samples):
             if request_id in self._states:
-                raise RequestError(f"The request id {request_id} is in use.", "request_id", code="duplicate_request_id")
-        if not len(prompt):
-            raise RequestError("The prompt is empty: it must have at least one token.", "prompt")
-        if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
-            raise RequestError(f"The prompt has token ids outside 0..{self.config.vocab_size - 1}.", "prompt")
-        if len(prompt) + (sampling.max_tokens or 1) > limit:
-            asked = "" if sampling.max_tokens is None else f" and max_tokens is {sampling.max_tokens}"
-            raise RequestError(
-                f"This server holds at most {limit} tokens per request; the prompt has {len(prompt)}{asked}.",
-                "prompt" if len(prompt) >= limit else "max_tokens",
-                code="context_length_exceeded",
-            )
-        max_stop_ids = MAX_STOP_TOKEN_IDS if sampling.min_tokens else MAX_STOP_IDS_PER_ROW
-        if len(submit.stop_token_ids) > max_stop_ids:
-            with_min = " with min_tokens" if sampling.min_tokens else ""
-            raise RequestError(
-                f"At most {max_stop_ids} stop token ids{with_min}, got {len(submit.stop_token_ids)} "
-                "(the model's own end tokens are among them).",
-                "stop_token_ids",
-            )
+                raise RequestError(f"The request id {request_id} is in use.", "request_id")
+        for waiting in samples_of(submit, self.config, self._secret, self._num_arrivals):
+            self._states[waiting.request.request_id] = waiting
+            self._waiting.push(waiting)
+            self._num_arrivals += 1
 
     def abort(self, request_id: int) -> None:
         """End this request now, without further output; an id that is unknown or over is ignored."""
@@ -281,23 +255,25 @@ class Scheduler:
         start, num_tokens = int(table.num_computed_tokens[row]), int(table.num_tokens[row])
         stop = min(num_tokens, start + budget)
         table.num_computed_tokens[row] = stop
-        self._register_full_blocks(row)
+        self._registrar.offer(row)
         return Chunk(row, start, stop, last=stop == num_tokens)
 
     def _admit(self, head: Waiting) -> tuple[int, BlockTableChanges] | None:
         """Give the head of the queue a row and the blocks for all its tokens so far; None if it has to wait."""
         table, pool, block_size = self._table, self._pool, self.config.block_size
-        num_running = len(self._decodes) + len(self._prefilling)
-        if num_running >= self.config.max_running or not table.num_free_rows:
+        load = Load(len(self._decodes) + len(self._prefilling), pool.num_free)
+        if load.num_running >= self.config.max_running or not table.num_free_rows or self._is_still_blocked(head, load):
             return None
         request, tokens = head.request, head.tokens
-        num_blocks = -(-len(tokens) // block_size)
+        num_blocks, max_shared = -(-len(tokens) // block_size), (len(tokens) - 1) // block_size
         if self.config.prefix_cache:
             request.chain.extend(tokens, len(tokens) // block_size)
-        shared = self._index.longest_prefix(request.chain, (len(tokens) - 1) // block_size)
+        shared = self._index.longest_prefix(request.chain, max_shared)
         num_fresh = num_blocks - len(shared)
         num_needed = num_fresh + int(np.count_nonzero(pool.ref_counts(shared) == 0))
-        if num_needed > pool.num_free or not self._admission.admits(num_needed, Load(num_running, pool.num_free)):
+        if num_needed > load.num_free_blocks or not self._admission.admits(num_needed, load):
+            missing = request.chain.keys_of(len(shared), max_shared)[:1]
+            self._blocked = _Blocked(head, num_fresh, missing[0] if missing else None)
             return None
         pool.share(shared)
         blocks = np.concatenate((shared, pool.take(num_fresh)))
@@ -309,6 +285,15 @@ class Scheduler:
         insort(self._prefilling, (request.rank, row))
         columns = np.arange(num_blocks, dtype=np.int32)
         return row, BlockTableChanges(np.full(num_blocks, row, dtype=np.int32), columns, blocks)
+
+    def _is_still_blocked(self, head: Waiting, load: Load) -> bool:
+        """Whether the head that could not begin last time cannot now either, seen without walking its whole prefix again."""
+        blocked = self._blocked
+        if blocked is None or blocked.head is not head:
+            return False
+        if blocked.missing_key is not None and blocked.missing_key in self._index:
+            return False
+        return blocked.num_fresh > load.num_free_blocks or not self._admission.admits(blocked.num_fresh, load)
 
     def _fill_row(self, row: int, request: Request, tokens: I32, blocks: I32, num_shared: int) -> None:
         table, num_computed = self._table, num_shared * self.config.block_size
@@ -323,10 +308,10 @@ class Scheduler:
         table.num_tokens[row] = len(tokens)
         table.num_computed_tokens[row] = num_computed
         table.token_room[row] = len(blocks) * self.config.block_size
-        table.num_registered_blocks[row] = num_shared
         table.tokens[row, : len(tokens)] = tokens
         table.blocks[row, : len(blocks)] = blocks
         table.set_stop_ids(row, request.stop_token_ids)
+        self._registrar.take_row(row, request.chain, num_shared)
 
     def _end_or_decode(self, decodes: DecodeSet, seq_lens: I32, chunks: list[Chunk]) -> None:
         """After a plan is made: rows that draw their last token in it drain, rows whose prompt ends in it decode from now on."""
@@ -372,8 +357,7 @@ class Scheduler:
         if np.count_nonzero(stops):
             finish[stops] = FinishReason.STOP
             self._stop(rows[stops].tolist())
-        if self.config.prefix_cache:
-            self._register_some(step)
+        self._registrar.offer_filled(step.filled, step.num_rows)
         self._settle()
         return TokenOutputs(request_ids, sampled, finish, cached)
 
@@ -390,54 +374,7 @@ class Scheduler:
                 self._owners[row] = owner
                 self._states[owner.request.request_id] = owner
 
-    def _register_some(self, step: StepInFlight) -> None:
-        """Offer a bounded number of newly filled blocks to the prefix index, a little more than fill on average: hashing all at
-        once would make the steps slow in which many rows fill a block together."""
-        queue, table = self._to_register, self._table
-        queue.extend(step.filled.tolist())
-        count = min(len(queue), 1 + step.num_rows // self.config.block_size)
-        if not count:
-            return
-        taken = dict.fromkeys(queue.popleft() for _ in range(count))
-        rows = np.array([row for row in taken if self._owners[row] is not None], dtype=np.intp)
-        places = table.num_registered_blocks[rows]
-        num_new = table.num_full_blocks(rows) - places
-        for row in rows[num_new > 1].tolist():
-            self._register_full_blocks(row)
-        single = num_new == 1
-        self._register_next_block(rows[single], places[single])
-
     # ------------------------------------------------------------------------------------------------ rows come and go
-
-    def _register_full_blocks(self, row: int) -> None:
-        """Offer the row's full blocks that are not registered yet. Their tokens' ids are known and their KV is written by steps
-        planned so far, hence before any step that could find them here reads it (steps run in order)."""
-        owner = self._owners[row]
-        if owner is None or not self.config.prefix_cache:
-            return
-        table, chain = self._table, owner.request.chain
-        start = int(table.num_registered_blocks[row])
-        stop = int(min(table.num_computed_tokens[row], table.num_tokens[row])) // self.config.block_size
-        if start < stop:
-            chain.extend(table.tokens[row], stop)
-            self._index.register(chain.keys_of(start, stop), table.blocks[row, start:stop])
-            table.num_registered_blocks[row] = stop
-
-    def _register_next_block(self, rows: Rows, places: I32) -> None:
-        """The same for rows that have just one such block, number places[i]; vectorised, for the steps that decode."""
-        table, block_bytes = self._table, 4 * self.config.block_size
-        contents = table.block_contents(rows, places)
-        keys: list[bytes] = []
-        for i, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
-            owner = self._owners[row]
-            if owner is None:
-                raise InvariantError(f"row {row} has a block to register but no owner")
-            chain = owner.request.chain
-            known = chain.num_blocks > place  # by an earlier admission; the block has been evicted since
-            content = contents[i * block_bytes : (i + 1) * block_bytes]
-            keys.append(chain.keys_of(place, place + 1)[0] if known else chain.append(content))
-        self._index.register(keys, table.blocks[rows, places])
-        table.num_registered_blocks[rows] = places + np.int32(1)
 
     def _leave(self, rows: list[int]) -> None:
         """These rows are in no further plan."""
@@ -462,7 +399,7 @@ class Scheduler:
             if owner.last_step > self._settled_step:
                 return
             self._draining.popleft()
-            self._register_full_blocks(row)
+            self._registrar.give_up_row(row)
             request_id = owner.request.request_id
             after = owner.settle(self._settled_step, self._table, self._pool)
             self._owners[row] = None

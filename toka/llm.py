@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from toka.config import Config, hub_offline, num_available_cores, set_engine_environment
 from toka.errors import ConfigError
-from toka.messages import Submit, pack_tokens
+from toka.messages import EngineStats, Submit, pack_tokens
 from toka.model_source import locate, read_hf_config
 from toka.params import SamplingParams
 from toka.text.generated_text import GeneratedText
@@ -72,6 +72,10 @@ class LLM:
     def close(self) -> None:
         """Stop the step thread; the object is of no further use."""
         self._engine.shutdown()
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters of the engine since it was built."""
+        return self._engine.stats()
 
     def generate(
         self,

@@ -1,0 +1,188 @@
+"""An engine without a model: speaks toka.messages, answers with the prompt's own tokens, and misbehaves when told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import zmq
+
+from toka.messages import (
+    Abort,
+    EngineStats,
+    Fatal,
+    FinishReason,
+    Ping,
+    Pong,
+    Ready,
+    Rejected,
+    Shutdown,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    decode_to_engine,
+    encode,
+    unpack_tokens,
+)
+
+MAX_REQUEST_TOKENS = 2000
+VOCAB_SIZE = 258
+
+
+def repeat_prompt(submit: Submit, sample: int) -> list[int]:
+    """The prompt's tokens over and over, begun at its token number `sample`."""
+    prompt = unpack_tokens(submit.prompt).tolist()
+    return (prompt * (MAX_REQUEST_TOKENS // len(prompt) + 2))[sample:]
+
+
+@dataclass
+class Behaviour:
+    """What the fake does. reply: a sample's tokens. step_s: time of one step, in which every request gets one token.
+
+    reject: what to answer to a Submit instead, if anything. deaf_to_ping: never answer Ping. error_at_token: end requests with
+    ERROR after so many tokens. die_at_step: exit the process in that step. warm_s: warmup time; fatal: say so instead of Ready.
+    """
+
+    reply: Callable[[Submit, int], list[int]] = repeat_prompt
+    step_s: float = 0.0
+    reject: Callable[[Submit], Rejected | None] = lambda _: None
+    deaf_to_ping: bool = False
+    error_at_token: int | None = None
+    die_at_step: int | None = None
+    warm_s: float = 0.0
+    fatal: Fatal | None = None
+    max_request_tokens: int = MAX_REQUEST_TOKENS
+
+
+@dataclass
+class _Row:
+    submit: Submit
+    tokens: list[int]
+    num_done: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """Runs in the thread or process that calls `run`. received: every message, for the test to look at."""
+
+    behaviour: Behaviour
+    received: list[ToEngine] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._rows: dict[int, _Row] = {}
+        self._num_steps = 0
+        self._num_tokens = 0
+
+    def aborted(self) -> set[int]:
+        return {i for message in list(self.received) if isinstance(message, Abort) for i in message.request_ids}
+
+    def submitted(self) -> list[Submit]:
+        return [message for message in list(self.received) if isinstance(message, Submit)]
+
+    def run(self, address_in: str, address_out: str, stop: threading.Event) -> None:
+        with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
+            inbox.set_hwm(0)
+            outbox.set_hwm(0)
+            outbox.linger = 500
+            inbox.connect(address_in)
+            outbox.connect(address_out)
+            self._send = lambda message: outbox.send(encode(message))
+            time.sleep(self.behaviour.warm_s)
+            if self.behaviour.fatal is not None:
+                self._send(self.behaviour.fatal)
+                return
+            self._send(self._ready())
+            while not stop.is_set():
+                if inbox.poll(0 if self._rows else 20):
+                    message = decode_to_engine(inbox.recv())
+                    self.received.append(message)
+                    if isinstance(message, Shutdown):
+                        return
+                    self._take(message)
+                elif self._rows:
+                    self._step()
+
+    def _ready(self) -> Ready:
+        return Ready(
+            vocab_size=VOCAB_SIZE,
+            max_context_tokens=self.behaviour.max_request_tokens,
+            max_request_tokens=self.behaviour.max_request_tokens,
+            num_kv_blocks=1000,
+            block_size=16,
+            dtype="float32",
+            device="cpu",
+            startup_s={"load": 0.5, "compile": 1.5},
+            report={},
+        )
+
+    def _take(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                if (rejected := self.behaviour.reject(message)) is not None:
+                    self._send(rejected)
+                    return
+                for sample in range(message.sampling.n):
+                    self._rows[message.request_id + sample] = _Row(message, self.behaviour.reply(message, sample))
+            case Abort(request_ids=request_ids):
+                for request_id in request_ids:
+                    self._rows.pop(request_id, None)
+            case Ping(nonce=nonce):
+                if not self.behaviour.deaf_to_ping:
+                    self._send(Pong(nonce, self._stats()))
+
+    def _stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._rows),
+            num_free_blocks=750,
+            num_blocks=1000,
+            num_steps_total=self._num_steps,
+            prompt_tokens_total=10,
+            cached_prompt_tokens_total=4,
+            generation_tokens_total=self._num_tokens,
+        )
+
+    def _step(self) -> None:
+        time.sleep(self.behaviour.step_s)
+        self._num_steps += 1
+        if self._num_steps == self.behaviour.die_at_step:
+            os._exit(7)
+        request_ids, token_ids, finish = list(self._rows), [], []
+        for request_id in request_ids:
+            token, reason = self._next_token(self._rows[request_id])
+            token_ids.append(token)
+            finish.append(reason)
+            if reason:
+                del self._rows[request_id]
+        self._num_tokens += len(request_ids)
+        self._send(
+            StepOutputs(
+                request_ids=np.array(request_ids, "<i8").tobytes(),
+                token_ids=np.array(token_ids, "<i4").tobytes(),
+                finish=bytes(finish),
+                cached=np.full(len(request_ids), 3, "<i4").tobytes(),
+                stats=self._stats(),
+            )
+        )
+
+    def _next_token(self, row: _Row) -> tuple[int, int]:
+        if row.num_done == self.behaviour.error_at_token:
+            return -1, FinishReason.ERROR
+        token = row.tokens[row.num_done]
+        row.num_done += 1
+        if token in row.submit.stop_token_ids and row.num_done > row.submit.sampling.min_tokens:
+            return token, FinishReason.STOP
+        at_end = row.num_done in (row.submit.sampling.max_tokens, len(row.tokens))
+        return token, FinishReason.LENGTH if at_end else FinishReason.NONE
+
+
+def run(config: object, source: object, address_in: str, address_out: str) -> None:
+    """The target of an engine process; its behaviour comes as JSON in FAKE_ENGINE."""
+    fields = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
+    if "fatal" in fields:
+        fields["fatal"] = Fatal(**fields["fatal"])
+    FakeEngine(Behaviour(**fields)).run(address_in, address_out, threading.Event())

@@ -1,0 +1,85 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
+
+from toka.errors import RequestError
+from toka.server.body import read_body
+from toka.server.generation import Generation, TokenEvent
+from toka.server.openapi import describe
+from toka.server.schemas import AssistantMessage, ChatChoice, ChatCompletion, ChatCompletionRequest
+from toka.server.serving import serving_of, usage_of
+from toka.server.stream import ChunkTemplate, respond
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", openapi_extra=describe(ChatCompletionRequest, ChatCompletion, streams=True))
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation."""
+    start_time = time.perf_counter()
+    serving = serving_of(request)
+    serving.check_admission()
+    body = _one_max_tokens(await read_body(request, ChatCompletionRequest))
+    model = serving.check_model(body.model)
+    prompt = await serving.encode_chat(
+        body.messages, add_generation_prompt=body.add_generation_prompt, variables=body.chat_template_kwargs
+    )
+    generation = serving.submit(body, [prompt], prompt_param="messages", default_max_tokens=None, start_time=start_time)
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk" if body.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": serving.system_fingerprint,
+    }
+
+    return await respond(
+        request,
+        generation,
+        abort=lambda: serving.engine.abort(generation),
+        chunks=(lambda events: _chunks(head, body, generation, events)) if body.stream else None,
+        whole=lambda: _chat_completion(head, generation),
+    )
+
+
+def _one_max_tokens(body: ChatCompletionRequest) -> ChatCompletionRequest:
+    """The body with max_completion_tokens, the newer name, written into max_tokens."""
+    if body.max_completion_tokens is UNSET:
+        return body
+    if body.max_tokens not in (UNSET, body.max_completion_tokens):
+        raise RequestError("max_tokens and max_completion_tokens contradict each other.", "max_tokens")
+    if body.max_completion_tokens < 1:
+        raise RequestError("max_completion_tokens must be at least 1.", "max_completion_tokens")
+    body.max_tokens = body.max_completion_tokens
+    return body
+
+
+async def _chunks(
+    head: dict[str, Any],
+    body: ChatCompletionRequest,
+    generation: Generation,
+    events: AsyncIterator[list[TokenEvent]],
+) -> AsyncIterator[bytes]:
+    with_usage = body.stream_options is not UNSET and body.stream_options.include_usage
+    template = ChunkTemplate(head, b'"delta":{"content":', b"}", with_usage=with_usage)
+    role = b'"delta":{"role":"assistant","content":""}'
+    yield b"".join(template.choice(sample.index, role) for sample in generation.samples)
+    async for batch in events:
+        yield b"".join(map(template.token, batch))
+    if with_usage:
+        yield template.usage(usage_of(generation))
+
+
+def _chat_completion(head: dict[str, Any], generation: Generation) -> ChatCompletion:
+    choices = [
+        ChatChoice(sample.index, AssistantMessage(sample.text), sample.finish_reason) for sample in generation.samples
+    ]
+    return ChatCompletion(**head, choices=choices, usage=usage_of(generation))

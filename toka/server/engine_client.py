@@ -1,0 +1,244 @@
+"""The API process's end of the line to the engine process: ZeroMQ, one task that reads, no thread.
+
+Requests go down a PUSH socket, results come up a PULL socket; both are bound here, in a private directory. Everything the
+engine says is taken in `_receive`: a step's arrays are spread over the samples they belong to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from toka.errors import CapacityError, EngineDeadError, RequestError, TokaError
+from toka.messages import (
+    Abort,
+    EngineStats,
+    Fatal,
+    Ping,
+    Pong,
+    Ready,
+    Rejected,
+    Shutdown,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    decode_from_engine,
+    encode,
+    pack_tokens,
+)
+from toka.params import SamplingParams
+from toka.server.generation import Generation, Sample
+
+logger = logging.getLogger("toka.server")
+
+RETRY_AFTER_S = 5  # a restart or another replica may be there by then
+
+
+class EngineClient:
+    """Submits requests to the engine and hands its tokens to their samples.
+
+    address_in: what the engine reads from. address_out: what it writes to. ready: its announcement once the warmup is over.
+    stats: its latest gauges. dead: why it is gone, or None. fatal: its last words, if it had any.
+    """
+
+    def __init__(self, address_in: str, address_out: str):
+        self._context = zmq.asyncio.Context()
+        self._down = zmq.Socket(self._context, zmq.PUSH)
+        self._up = self._context.socket(zmq.PULL)
+        for socket, address in ((self._down, address_in), (self._up, address_out)):
+            socket.set_hwm(0)  # admission bounds what is under way; a queue that drops would lose requests
+            socket.bind(address)
+        self._request_ids = itertools.count(1)
+        self._nonces = itertools.count(1)
+        self._samples: dict[int, tuple[Sample, Generation]] = {}
+        self._pongs: dict[int, asyncio.Future[None]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.ready: Ready | None = None
+        self.became_ready = asyncio.Event()
+        self.stats = EngineStats()
+        self.dead: EngineDeadError | None = None
+        self.fatal: Fatal | None = None
+
+    def start(self) -> None:
+        """Begin to read; call it inside the event loop."""
+        self._reader = asyncio.create_task(self._read(), name="engine-reader")
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+        for socket in (self._down, self._up):
+            socket.close(linger=0)
+        self._context.term()
+
+    @property
+    def num_open(self) -> int:
+        """Samples that have not ended."""
+        return len(self._samples)
+
+    async def wait_idle(self) -> None:
+        """Return when no sample is open."""
+        await self._idle.wait()
+
+    def submit(
+        self,
+        generation: Generation,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingParams],
+        *,
+        stop_token_ids: tuple[int, ...],
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> None:
+        """Send one Submit per prompt; the results go to generation.samples.
+
+        Raises CapacityError (503) before the engine is ready, EngineDeadError after it died.
+        """
+        self._check_alive()
+        if self.ready is None:
+            raise CapacityError("The engine is warming up.", status=503, retry_after_s=RETRY_AFTER_S)
+        samples = iter(generation.samples)
+        for prompt, params in zip(prompts, sampling, strict=True):
+            request_ids = [next(self._request_ids) for _ in range(params.n)]
+            for request_id in request_ids:
+                self._samples[request_id] = (next(samples), generation)
+            generation.request_ids += request_ids
+            self._idle.clear()
+            self._send(
+                Submit(
+                    request_id=request_ids[0],
+                    prompt=pack_tokens(list(prompt)),
+                    sampling=params,
+                    stop_token_ids=stop_token_ids,
+                    seed=secrets.randbits(62) if params.seed is None else params.seed,
+                    cache_salt=cache_salt,
+                    priority=priority,
+                )
+            )
+
+    def abort(self, generation: Generation) -> None:
+        """End what is still open of generation; nothing happens if it is over."""
+        self._abort_ids([request_id for request_id in generation.request_ids if request_id in self._samples])
+
+    def _abort_ids(self, request_ids: list[int]) -> None:
+        if request_ids:
+            self._forget(request_ids)
+            self._send(Abort(request_ids))
+
+    def fail_all(self, error: TokaError) -> None:
+        """End every open generation with error."""
+        generations = {id(generation): generation for _, generation in self._samples.values()}
+        self._abort_ids(list(self._samples))
+        for generation in generations.values():
+            generation.fail(error)
+
+    async def ping(self, timeout_s: float) -> EngineStats:
+        """Ask the engine's loop for a sign of life. Raises EngineDeadError if none comes in time."""
+        self._check_alive()
+        nonce = next(self._nonces)
+        self._pongs[nonce] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Ping(nonce))
+            await asyncio.wait_for(self._pongs[nonce], timeout_s)
+        except TimeoutError:
+            raise EngineDeadError(f"The engine did not answer within {timeout_s:g} s.") from None
+        finally:
+            del self._pongs[nonce]
+        return self.stats
+
+    def shutdown(self) -> None:
+        """Ask the engine to leave."""
+        if self.ready is not None:
+            self._send(Shutdown())
+
+    def died(self, reason: str) -> None:
+        """The engine process is gone: end all that is open. Called by whoever watches the process."""
+        if self.dead is None:
+            self.dead = EngineDeadError(reason)
+            self.fail_all(self.dead)
+            for pong in self._pongs.values():
+                if not pong.done():
+                    pong.set_exception(self.dead)
+
+    def _check_alive(self) -> None:
+        if self.dead is not None:
+            raise self.dead
+
+    def _send(self, message: ToEngine) -> None:
+        """Queue the message; ZeroMQ sends it in its own thread. With no engine there it is dropped: `died` follows then."""
+        with contextlib.suppress(zmq.Again):
+            self._down.send(encode(message), zmq.NOBLOCK)
+
+    def _forget(self, request_ids: Iterable[int]) -> None:
+        for request_id in request_ids:
+            self._samples.pop(request_id, None)
+        if not self._samples:
+            self._idle.set()
+
+    async def _read(self) -> None:
+        while True:
+            data = await self._up.recv()
+            try:
+                self._receive(decode_from_engine(data))
+            except Exception:
+                logger.exception("A message of the engine could not be handled.")
+
+    def _receive(self, message: object) -> None:
+        match message:
+            case StepOutputs():
+                self._spread(message)
+            case Pong(nonce=nonce, stats=stats):
+                self.stats = stats
+                if (pong := self._pongs.get(nonce)) is not None and not pong.done():
+                    pong.set_result(None)
+            case Rejected():
+                self._reject(message)
+            case Ready():
+                self.ready = message
+                self.became_ready.set()
+            case Fatal():
+                self.fatal = message
+                self.died(f"The engine has failed: {message.message}")
+
+    def _spread(self, step: StepOutputs) -> None:
+        now = time.perf_counter()
+        self.stats = step.stats
+        over: list[int] = []
+        unwanted: list[int] = []  # what we end, not the engine
+        for request_id, token_id, finish, num_cached in zip(
+            np.frombuffer(step.request_ids, "<i8").tolist(),
+            np.frombuffer(step.token_ids, "<i4").tolist(),
+            step.finish,
+            np.frombuffer(step.cached, "<i4").tolist(),
+            strict=True,
+        ):
+            entry = self._samples.get(request_id)
+            if entry is None:  # aborted; the engine had not heard of it yet
+                continue
+            if entry[0].take(token_id, finish, num_cached, now):
+                (over if finish else unwanted).append(request_id)
+        if over:
+            self._forget(over)
+        self._abort_ids(unwanted)
+
+    def _reject(self, message: Rejected) -> None:
+        entry = self._samples.get(message.request_id)
+        if entry is None:
+            return
+        generation = entry[1]
+        self.abort(generation)
+        if message.status in (429, 503):
+            generation.fail(CapacityError(message.message, status=message.status))
+        else:
+            generation.fail(RequestError(message.message, message.param, status=message.status))

@@ -1,0 +1,185 @@
+"""What becomes of one HTTP request's tokens on their way to the client: text, stop strings, finish reasons, usage.
+
+A `Generation` holds the samples of all prompts of a request; a `Sample` is one choice. The engine client hands tokens to
+samples in one task; the endpoint awaits events. Neither ever waits for the other: what the client does not take is kept, up to
+a bound, past which the generation fails and its requests are aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+from toka.errors import CapacityError, TokaError
+from toka.messages import FinishReason
+from toka.metrics import Metrics
+from toka.params import SamplingParams
+from toka.text.detokenizer import Detokenizer
+from toka.text.stop import StopMatcher
+from toka.text.tokenizer import Tokenizer
+
+MAX_PENDING_EVENTS = 4096  # tokens a streaming client may lag behind
+
+_REASON_WORDS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
+
+
+class TokenEvent(NamedTuple):
+    """One token of one choice: the choice's index, the text that is now certain (may be empty), the reason if it is the last."""
+
+    choice: int
+    text: str
+    finish_reason: str | None
+
+
+class SampleFailedError(TokaError):
+    """The engine could not go on with a sample (HTTP 500)."""
+
+
+class Sample:
+    """One choice of a request, from the first token to the last."""
+
+    __slots__ = (
+        "_detokenizer", "_generation", "_matcher", "_min_tokens", "_pieces", "_time",
+        "finish_reason", "index", "num_cached_tokens", "num_tokens",
+    )  # fmt: skip
+
+    def __init__(self, generation: Generation, index: int, sampling: SamplingParams, tokenizer: Tokenizer):
+        self._generation = generation
+        self._detokenizer = Detokenizer(tokenizer.token_bytes)
+        self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        self._min_tokens = sampling.min_tokens
+        self._pieces: list[str] = []
+        self._time = generation.start_time
+        self.index = index
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def take(self, token_id: int, finish: int, num_cached_tokens: int, now: float) -> bool:
+        """One entry of `StepOutputs`; token_id -1 = none. now: time.perf_counter().
+
+        Returns whether no more is wanted: the sample is over, or its generation has failed.
+        """
+        if self.num_tokens == 0:
+            self.num_cached_tokens = max(num_cached_tokens, 0)
+        text = ""
+        if token_id >= 0:
+            self._observe_latency(now)
+            self.num_tokens += 1
+            if finish != FinishReason.STOP:  # the token that says stop is no part of the text
+                text = self._detokenizer.push(token_id)
+        if finish == FinishReason.ERROR:
+            self.finish_reason = "error"
+            self._generation.fail(SampleFailedError("The engine could not go on with this request."))
+            return True
+        reason = _REASON_WORDS.get(FinishReason(finish)) if finish else None
+        if reason is not None:
+            text += self._detokenizer.flush()
+        if self._matcher is not None:
+            text = self._matcher.push(text, may_stop=self.num_tokens >= self._min_tokens)
+            if self._matcher.stopped:
+                reason = "stop"
+            elif reason is not None:
+                text += self._matcher.flush()
+        if text:
+            self._pieces.append(text)
+        self.finish_reason = reason
+        self._generation.emit(TokenEvent(self.index, text, reason), now)
+        return reason is not None or self._generation.is_over
+
+    def _observe_latency(self, now: float) -> None:
+        metrics = self._generation.metrics
+        latency = metrics.inter_token_latency_s if self.num_tokens else metrics.time_to_first_token_s
+        latency.observe(now - self._time)
+        self._time = now
+
+
+class Generation:
+    """All samples of one HTTP request: prompt p's sample i has index p * n + i.
+
+    num_prompt_tokens: one count per prompt. start_time: time.perf_counter() when the request came. streaming: whether events
+    are wanted one by one; without it they are not kept and `finished` is all there is.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        sampling: list[SamplingParams],
+        num_prompt_tokens: list[int],
+        *,
+        start_time: float,
+        streaming: bool,
+    ):
+        self.metrics = metrics
+        self.start_time = start_time
+        self.num_prompt_tokens = num_prompt_tokens
+        self.samples_per_prompt = sampling[0].n
+        self.request_ids: list[int] = []
+        self.samples: list[Sample] = []
+        for params in sampling:
+            first = len(self.samples)
+            self.samples += [Sample(self, first + i, params, tokenizer) for i in range(params.n)]
+        self._streaming = streaming
+        self._num_open = len(self.samples)
+        self._events: deque[TokenEvent] = deque()
+        self._error: TokaError | None = None
+        self._changed = asyncio.Event()
+        self.failed = asyncio.Event()  # set with the error, for a sender that is stuck in a full socket
+
+    @property
+    def is_over(self) -> bool:
+        return self._num_open == 0 or self._error is not None
+
+    def emit(self, event: TokenEvent, now: float) -> None:
+        """Called by a sample for each of its tokens."""
+        if event.finish_reason is not None:
+            self.metrics.count_finish(event.finish_reason)
+            self._num_open -= 1
+            if self._num_open == 0:
+                self.metrics.e2e_request_latency_s.observe(now - self.start_time)
+                self._changed.set()
+        if self._streaming:
+            self._events.append(event)
+            self._changed.set()
+            if len(self._events) > MAX_PENDING_EVENTS:
+                self.fail(CapacityError("The client reads its stream too slowly; the request was aborted."))
+
+    def fail(self, error: TokaError) -> None:
+        """End the whole generation with error; the first one counts."""
+        if not self.is_over:
+            self._error = error
+            self.metrics.count_finish("error")
+            self._changed.set()
+            self.failed.set()
+
+    async def finished(self) -> None:
+        """Wait for the end of all samples; raise what `fail` was given."""
+        while not self.is_over:
+            await self._next_change()
+        if self._error is not None:
+            raise self._error
+
+    async def events(self) -> AsyncIterator[list[TokenEvent]]:
+        """All tokens in the order they came, in lists of what has gathered meanwhile. Raises what `fail` was given."""
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._events:
+                batch = list(self._events)
+                self._events.clear()
+                yield batch
+            elif self._num_open == 0:
+                return
+            else:
+                await self._next_change()
+
+    async def _next_change(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()

@@ -1,0 +1,232 @@
+"""What all endpoints share: the tokenizer, the engine, the limits, and the way from a checked body to a running generation."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+
+from toka.config import Config
+from toka.errors import CapacityError, RequestError
+from toka.messages import Ready
+from toka.metrics import Metrics
+from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams
+from toka.server.engine_client import RETRY_AFTER_S, EngineClient
+from toka.server.generation import Generation
+from toka.server.schemas import ChatMessage, GenerationFields, PromptTokensDetails, Usage
+from toka.text.tokenizer import Tokenizer
+
+VERSION = version("toka")
+DEFAULT_MODEL = "default"
+MAX_STOP_STRINGS = 32
+MAX_STOP_STRING_CHARS = 1024
+_INLINE_CHARS = 4096  # a longer text is tokenized in a thread, so that the streams of others do not wait
+
+
+@dataclass
+class Serving:
+    """The state of one server. model_id: the model's own name; clients may also say `default`. draining: no new requests."""
+
+    config: Config
+    model_id: str
+    tokenizer: Tokenizer
+    engine: EngineClient
+    draining: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.model_id, lambda: self.engine.stats, self._startup_s)
+        facts = f"{VERSION} {self.model_id} {self.config.dtype} {self.config.device}"
+        self.system_fingerprint = "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+    def _startup_s(self) -> dict[str, float]:
+        return self.engine.ready.startup_s if self.engine.ready is not None else {}
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (DEFAULT_MODEL, self.model_id) if self.model_id != DEFAULT_MODEL else (DEFAULT_MODEL,)
+
+    @property
+    def max_request_tokens(self) -> int | None:
+        """Prompt + output that one request can hold; None until the engine is ready."""
+        return self.engine.ready.max_request_tokens if self.engine.ready is not None else None
+
+    def check_model(self, name: str) -> str:
+        """Return name if this server serves it; RequestError (404) if not."""
+        if name not in self.model_names:
+            raise RequestError(
+                f"The model `{name[:80]}` does not exist; this server has {' and '.join(self.model_names)}.",
+                "model",
+                status=404,
+                code="model_not_found",
+            )
+        return name
+
+    def check_admission(self) -> Ready:
+        """The engine's announcement. Raises CapacityError (503) unless it takes requests now, EngineDeadError if it is gone."""
+        if self.engine.dead is not None:
+            raise self.engine.dead
+        if self.draining:
+            raise CapacityError("The server is shutting down.", status=503, retry_after_s=RETRY_AFTER_S)
+        if self.engine.ready is None:
+            raise CapacityError("The engine is warming up.", status=503, retry_after_s=RETRY_AFTER_S)
+        return self.engine.ready
+
+    async def encode(self, texts: Sequence[str], param: str, *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of texts. Raises RequestError naming param for a text that is too long to be worth the work."""
+        limit = self.max_request_tokens
+        if limit is not None and any(len(text) > limit * self.tokenizer.max_token_bytes for text in texts):
+            raise RequestError(f"{param}: the text is longer than {limit} tokens can be.", param)
+
+        def work() -> list[list[int]]:
+            return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        return work() if sum(map(len, texts)) <= _INLINE_CHARS else await asyncio.to_thread(work)
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str, vocab_size: int) -> None:
+        """Raise RequestError naming param unless all ids are those of the vocabulary."""
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise RequestError(f"{param} holds a token id outside 0..{vocab_size - 1}.", param)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """The prompt of a conversation. Raises RequestError if the model has no chat template or it refuses."""
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise RequestError(f"The model {self.model_id} has no chat template; use /v1/completions.", "messages")
+        plain = [msgspec.to_builtins(message) for message in messages]
+        text = template.render(plain, add_generation_prompt=add_generation_prompt, variables=variables)
+        [token_ids] = await self.encode([text], "messages", add_special_tokens=add_special_tokens)
+        return token_ids
+
+    def submit(
+        self,
+        fields: GenerationFields,
+        prompts: Sequence[Sequence[int]],
+        *,
+        prompt_param: str,
+        default_max_tokens: int | None,
+        start_time: float,
+    ) -> Generation:
+        """Check everything that can be checked here and hand the prompts to the engine.
+
+        default_max_tokens: where the client gives none; None = as many as the context allows. start_time: perf_counter().
+        Raises RequestError naming the field at fault, CapacityError when the server is full.
+        """
+        ready = self.check_admission()
+        sampling = self._sampling(fields, default_max_tokens)
+        for prompt in prompts:
+            if not prompt:
+                raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
+            self.check_token_ids(prompt, prompt_param, ready.vocab_size)
+        self.check_token_ids(sampling.stop_token_ids, "stop_token_ids", ready.vocab_size)
+        per_prompt = [_fit(sampling, len(prompt), ready.max_request_tokens, prompt_param) for prompt in prompts]
+        self._check_room(len(prompts) * sampling.n, "n" if sampling.n > 1 else prompt_param)
+        generation = Generation(
+            self.tokenizer,
+            self.metrics,
+            per_prompt,
+            [len(prompt) for prompt in prompts],
+            start_time=start_time,
+            streaming=fields.stream,
+        )
+        self.engine.submit(
+            generation,
+            prompts,
+            per_prompt,
+            stop_token_ids=self._stop_token_ids(sampling),
+            cache_salt=fields.cache_salt,
+            priority=_in_range(fields.priority, "priority", -(2**31), 2**31 - 1),
+        )
+        return generation
+
+    def _sampling(self, fields: GenerationFields, default_max_tokens: int | None) -> SamplingParams:
+        stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
+        if len(stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop can hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", "stop")
+        if any(len(text) > MAX_STOP_STRING_CHARS for text in stop):
+            raise RequestError(f"stop: a string is longer than {MAX_STOP_STRING_CHARS} characters.", "stop")
+        if fields.stream_options is not UNSET and not fields.stream:
+            raise RequestError("stream_options is only allowed with stream.", "stream_options")
+        return SamplingParams(
+            n=fields.n,
+            max_tokens=default_max_tokens if fields.max_tokens is UNSET else fields.max_tokens,
+            min_tokens=fields.min_tokens,
+            temperature=fields.temperature,
+            top_k=max(fields.top_k, 0) if fields.top_k == -1 else fields.top_k,
+            top_p=fields.top_p,
+            min_p=fields.min_p,
+            seed=None if fields.seed is UNSET else fields.seed,
+            stop=stop,
+            stop_token_ids=tuple(dict.fromkeys(fields.stop_token_ids)),
+            ignore_eos=fields.ignore_eos,
+        ).check()
+
+    def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
+        own = () if sampling.ignore_eos else self.tokenizer.eos_token_ids
+        together = tuple(dict.fromkeys((*sampling.stop_token_ids, *own)))
+        if len(together) > MAX_STOP_TOKEN_IDS:
+            room = MAX_STOP_TOKEN_IDS - len(own)
+            raise RequestError(f"stop_token_ids can hold at most {room} ids with this model.", "stop_token_ids")
+        return together
+
+    def _check_room(self, num_samples: int, param: str) -> None:
+        limit = self.config.max_queued_requests
+        if num_samples > limit:
+            raise RequestError(f"{param}: {num_samples} samples asked for, the server holds {limit} at most.", param)
+        if self.engine.num_open + num_samples > limit:
+            raise CapacityError(f"The server is full: {self.engine.num_open} of {limit} requests are open.")
+
+
+def serving_of(request: Request) -> Serving:
+    """The state that `create_app` attached."""
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+def usage_of(generation: Generation) -> Usage:
+    """The tokens of a generation so far."""
+    prompt_tokens = sum(generation.num_prompt_tokens)
+    completion_tokens = sum(sample.num_tokens for sample in generation.samples)
+    first_samples = generation.samples[:: generation.samples_per_prompt]
+    cached = sum(sample.num_cached_tokens for sample in first_samples)
+    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached))
+
+
+def _fit(sampling: SamplingParams, num_prompt_tokens: int, limit: int, prompt_param: str) -> SamplingParams:
+    """sampling with max_tokens set; RequestError if prompt and output cannot fit into one request."""
+    room = limit - num_prompt_tokens
+    if room < 1:
+        raise RequestError(
+            f"{prompt_param} has {num_prompt_tokens} tokens; one request can hold {limit}, output included.",
+            prompt_param,
+            code="context_length_exceeded",
+        )
+    if (sampling.max_tokens or 1) > room:
+        raise RequestError(
+            f"{prompt_param} has {num_prompt_tokens} tokens and max_tokens is {sampling.max_tokens}: together more than the "
+            f"{limit} tokens that one request can hold.",
+            "max_tokens",
+            code="context_length_exceeded",
+        )
+    return msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens or room).check()
+
+
+def _in_range(value: int, param: str, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise RequestError(f"{param} must be between {low} and {high}.", param)
+    return value

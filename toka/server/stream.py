@@ -1,0 +1,160 @@
+"""Server-sent events: one chunk per token from a prepared template, and an eye on the client all the while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from toka.errors import TokaError
+from toka.server.error_replies import error_body, error_detail
+from toka.server.generation import Generation, TokenEvent
+
+DONE = b"data: [DONE]\n\n"
+_FULL_SOCKET_GRACE_S = 2.0  # for the error chunk of a failed generation to leave, if the client reads at all
+
+Result = TypeVar("Result")
+
+
+async def respond(
+    request: Request,
+    generation: Generation,
+    *,
+    abort: Callable[[], None],
+    chunks: Callable[[AsyncIterator[list[TokenEvent]]], AsyncIterator[bytes]] | None,
+    whole: Callable[[], msgspec.Struct],
+) -> Response:
+    """The reply to a request whose generation runs: a stream of chunks if there is a maker of them, else `whole` at the end.
+
+    abort ends the generation in the engine; it is called if the client leaves and on any error, and may be called twice.
+    """
+    try:
+        if chunks is not None:
+            events = await while_connected(request.receive, first_events(generation), abort)
+            return EventStream(chunks(events), generation, abort)
+        await while_connected(request.receive, generation.finished(), abort)
+    except BaseException:
+        abort()
+        raise
+    return Response(msgspec.json.encode(whole()), media_type="application/json")
+
+
+class ChunkTemplate:
+    """Chunks that differ in the choice only. head: the JSON object's fields up to the choices, as bytes of a JSON object.
+
+    delta_key: what stands before the text (`"text":` or `"delta":{"content":`) and after_text what closes it.
+    """
+
+    def __init__(self, head: dict[str, object], delta_key: bytes, after_text: bytes, *, with_usage: bool):
+        self._start = b"data: " + orjson.dumps(head)[:-1] + b',"choices":['
+        self._delta_key = delta_key
+        self._after_text = after_text + b',"logprobs":null,"finish_reason":'
+        self._end = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
+        self._bare_start = b"data: " + orjson.dumps(head)[:-1] + b',"choices":[],"usage":'
+
+    def token(self, event: TokenEvent) -> bytes:
+        """The chunk of one token."""
+        reason = b"null" if event.finish_reason is None else b'"%b"' % event.finish_reason.encode()
+        return b'%b{"index":%d,%b%b%b%b%b' % (
+            self._start, event.choice, self._delta_key, orjson.dumps(event.text), self._after_text, reason, self._end,
+        )  # fmt: skip
+
+    def choice(self, index: int, delta: bytes) -> bytes:
+        """A chunk whose choice says something else than a token; delta: `"delta":{...}` as JSON."""
+        return b'%b{"index":%d,%b,"logprobs":null,"finish_reason":null%b' % (self._start, index, delta, self._end)
+
+    def usage(self, usage: msgspec.Struct) -> bytes:
+        """The chunk without choices that tells the usage."""
+        return b"%b%b}\n\n" % (self._bare_start, msgspec.json.encode(usage))
+
+
+async def first_events(generation: Generation) -> AsyncIterator[list[TokenEvent]]:
+    """The generation's events, once there are any: errors before the first token are raised here, while the reply can still be
+    an error with a status."""
+    events = generation.events()
+    first: list[TokenEvent] = await anext(events, [])
+
+    async def all_events() -> AsyncIterator[list[TokenEvent]]:
+        yield first
+        async for batch in events:
+            yield batch
+
+    return all_events()
+
+
+async def while_connected(receive: Receive, work: Awaitable[Result], on_disconnect: Callable[[], None]) -> Result:
+    """The result of work, unless the client leaves before: then on_disconnect is called and ClientDisconnect raised."""
+    watch = asyncio.create_task(_disconnected(receive))
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((watch, task), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return await task
+        on_disconnect()
+        raise ClientDisconnect
+    finally:
+        for pending in (watch, task):
+            pending.cancel()
+        await asyncio.gather(watch, task, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A stream of chunks. chunks: made from the generation's events; on_end: called once, however the stream ends.
+
+    An error on the way becomes an error chunk; the last thing sent is `[DONE]`, unless the client is gone or stuck.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncIterator[bytes], generation: Generation, on_end: Callable[[], None]):
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._generation = generation
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender = asyncio.create_task(self._send_all(send))
+        watchers = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(self._stuck())]
+        try:
+            await asyncio.wait((sender, *watchers), return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                await sender
+            elif watchers[1].done():
+                raise ConnectionAbortedError("a client that does not read its stream was cut off")
+        finally:
+            self._on_end()
+            for task in (sender, *watchers):
+                task.cancel()
+            await asyncio.gather(sender, *watchers, return_exceptions=True)
+
+    async def _stuck(self) -> None:
+        await self._generation.failed.wait()
+        await asyncio.sleep(_FULL_SOCKET_GRACE_S)
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for data in self._chunks:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except TokaError as error:
+            _, detail, _ = error_detail(error)
+            await send({"type": "http.response.body", "body": _error_chunk(error_body(detail)), "more_body": True})
+        with contextlib.suppress(OSError):
+            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+def _error_chunk(body: bytes) -> bytes:
+    return b"data: " + body + b"\n\n"

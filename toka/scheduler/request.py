@@ -2,9 +2,9 @@
 (preempted).
 
 A transition consumes its object: using it again raises, and a transition that makes no sense has no method, so the type
-checker refuses it. Write every transition as an assignment to the same variable, or take the object out of its
-container with it; the old state is then out of reach for the type checker too. Only `Draining.settle` gives blocks
-back, and only once no step in flight touches them.
+checker refuses it. Take the object out of its container with the transition, or `del` its name after it, and the type
+checker refuses a use after the move as well (tests/scheduler/test_typestate.py). Only `Draining.settle` gives blocks back,
+and only once no step in flight touches them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,308 @@
+"""The scheduler as a whole, by example; every simulation also compares each output with the request run alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from toka.errors import InvariantError, RequestError
+from toka.messages import FinishReason, unpack_tokens
+from toka.plan import StepResult
+
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+ROOMY: dict[str, Any] = {"num_blocks": 64, "block_size": 4, "max_request_tokens": 60, "max_seqs_per_forward": 8}
+
+NewSimulation = Callable[..., Any]
+
+
+def test_one_request_runs_to_its_token_limit(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    [request_id] = simulation.submit(PROMPT, max_tokens=5)
+    simulation.finish()
+    done = simulation.done[request_id]
+    assert (len(done.got), done.finish, done.cached) == (5, FinishReason.LENGTH, 0)
+    stats = simulation.scheduler.stats()
+    assert (stats.num_steps_total, stats.prompt_tokens_total, stats.generation_tokens_total) == (5, 10, 5)
+
+
+def test_decodes_come_first_and_prompt_chunks_fill_the_step(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY, max_tokens_per_forward=8)
+    simulation.submit(PROMPT[:4], max_tokens=9)
+    simulation.submit(PROMPT[::-1], max_tokens=9)
+    first, second = simulation.plan(), simulation.plan()
+    assert np.diff(first.query_start).tolist() == [4, 4] and first.samples.tolist() == [True, False]
+    assert np.diff(second.query_start).tolist() == [1, 6] and second.samples.tolist() == [True, True]
+    assert second.token_ids[0] == -1 - first.rows[0]  # its first token has not left the device yet
+    assert second.token_ids[1:].tolist() == PROMPT[::-1][4:]
+    assert second.seq_lens.tolist() == [5, 10]
+    assert simulation.plan() is None  # two steps are in flight
+    simulation.finish()
+
+
+def test_without_a_token_in_flight_steps_still_alternate(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY, steps_in_flight=1)
+    simulation.submit(PROMPT)
+    assert simulation.plan() is not None
+    assert simulation.plan() is None
+    simulation.finish()
+
+
+def test_stop_token_ends_a_request_and_its_late_result_is_dropped(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY, steps_in_flight=3)
+    every_token = tuple(range(16))
+    ids = [simulation.submit([token] * 3, max_tokens=20, stop_ids=every_token)[0] for token in range(6)]
+    simulation.finish()
+    stopped = [simulation.done[i] for i in ids if simulation.done[i].finish is FinishReason.STOP]
+    assert len(stopped) == 6 and all(w.got[-1] in every_token for w in stopped)
+
+
+def test_stop_token_as_the_last_allowed_one_is_a_stop(new_simulation: NewSimulation) -> None:
+    probe = new_simulation(**ROOMY)
+    [request_id] = probe.submit(PROMPT, max_tokens=3)
+    probe.finish()
+    last = probe.done[request_id].got[-1]
+    assert last not in probe.done[request_id].got[:-1]
+    simulation = new_simulation(**ROOMY)
+    [request_id] = simulation.submit(PROMPT, max_tokens=3, stop_ids=(last,))
+    simulation.finish()
+    assert simulation.done[request_id].finish is FinishReason.STOP
+
+
+def test_min_tokens_holds_stop_tokens_back_by_position(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    stop_ids = tuple(range(16))
+    [request_id] = simulation.submit(PROMPT, max_tokens=30, min_tokens=12, stop_ids=stop_ids)
+    settings = simulation.plan().settings
+    assert settings.held_back_until.tolist() == [len(PROMPT) + 12]
+    assert settings.held_back_ids.tolist() == [list(stop_ids)]
+    simulation.finish()
+    assert len(simulation.done[request_id].got) > 12 or simulation.done[request_id].got[11] in stop_ids
+
+
+def test_max_tokens_none_runs_until_the_context_is_full(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    [request_id] = simulation.submit(PROMPT, max_tokens=None)
+    simulation.finish()
+    assert len(simulation.done[request_id].got) == ROOMY["max_request_tokens"] - len(PROMPT)
+
+
+def test_samples_share_the_prompts_full_blocks_in_the_same_step(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    ids = simulation.submit(PROMPT, max_tokens=4, n=3)
+    plan = simulation.plan()
+    assert np.diff(plan.query_start).tolist() == [10, 2, 2]  # two full blocks of four are shared, the rest is computed
+    assert plan.settings.seed.tolist() == [1000, 1001, 1002]
+    simulation.finish()
+    assert [simulation.done[i].cached for i in ids] == [0, 8, 8]
+    assert len({tuple(simulation.done[i].got) for i in ids}) == 3
+
+
+def test_samples_share_a_prompt_that_takes_several_steps(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY, max_tokens_per_forward=4)
+    ids = simulation.submit(PROMPT, max_tokens=2, n=3)
+    simulation.finish()
+    assert [simulation.done[i].cached for i in ids] == [0, 8, 8]
+
+
+def test_past_requests_leave_their_prefix_prompt_and_output(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    [first] = simulation.submit(PROMPT, max_tokens=9)
+    simulation.finish()
+    conversation = PROMPT + simulation.done[first].got + [3, 1, 4]
+    [second] = simulation.submit(conversation, max_tokens=2)
+    simulation.finish()
+    # 19 tokens were known at the end; the last one's KV was never written: 18 of them, four full blocks.
+    assert simulation.done[second].cached == 16
+    assert simulation.scheduler.stats().cached_prompt_tokens_total == 16
+
+
+def test_last_prompt_token_is_always_computed(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    for cached in (0, 4):
+        [request_id] = simulation.submit(PROMPT[:8], max_tokens=1)
+        simulation.finish()
+        assert simulation.done[request_id].cached == cached
+
+
+def test_salts_share_nothing(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    cached = []
+    for salt in ("", "a", "b", "a", ""):
+        [request_id] = simulation.submit(PROMPT, max_tokens=1, salt=salt)
+        simulation.finish()
+        cached.append(simulation.done[request_id].cached)
+    assert cached == [0, 0, 0, 8, 8]
+
+
+def test_prefix_cache_off_shares_nothing(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY, prefix_cache=False)
+    ids = simulation.submit(PROMPT, max_tokens=12, n=2)
+    simulation.finish()
+    assert [simulation.done[i].cached for i in ids] == [0, 0]
+
+
+def test_latest_of_the_lowest_priority_is_preempted_and_keeps_its_tokens(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(
+        num_blocks=10, block_size=4, max_request_tokens=40, max_seqs_per_forward=4, watermark=0.0
+    )
+    [urgent] = simulation.submit([1, 2, 3], max_tokens=25, priority=-1)
+    [early] = simulation.submit([4, 5, 6], max_tokens=25)
+    [late] = simulation.submit([7, 8, 9], max_tokens=25)
+    simulation.finish()
+    assert simulation.scheduler.stats().preemptions_total >= 1
+    assert list(simulation.done) == [urgent, early, late]
+    assert simulation.scheduler.stats().generation_tokens_total == 75  # none drawn twice
+
+
+def test_priority_then_arrival_decides_who_begins(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**{**ROOMY, "max_seqs_per_forward": 1})
+    order = [simulation.submit([i + 1], max_tokens=2, priority=p)[0] for i, p in enumerate((1, 0, 0, -5))]
+    simulation.finish()
+    assert list(simulation.done) == [order[3], order[1], order[2], order[0]]
+
+
+def test_head_that_lacks_blocks_is_not_overtaken_and_begins_when_they_are_free(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(num_blocks=10, block_size=4, max_request_tokens=40, watermark=0.0, prefix_cache=False)
+    [running] = simulation.submit([1] * 17, max_tokens=4)
+    simulation.step()
+    [big] = simulation.submit([2] * 30, max_tokens=1)
+    [small] = simulation.submit([3], max_tokens=1)
+    simulation.finish()
+    assert list(simulation.done) == [running, big, small]
+
+
+def test_blocked_head_begins_once_its_prefix_can_be_shared(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(
+        num_blocks=8, block_size=4, max_request_tokens=30, max_tokens_per_forward=4, watermark=0.0
+    )
+    prompt = list(range(1, 17))
+    [first] = simulation.submit([*prompt, 17], max_tokens=12)
+    [second] = simulation.submit([*prompt, 18], max_tokens=1)  # five blocks, of which at first none can be shared
+    simulation.finish()
+    assert list(simulation.done) == [second, first] and simulation.done[second].cached == 16
+
+
+@pytest.mark.parametrize("num_steps_before", range(6))
+def test_abort_at_any_moment_gives_everything_back(new_simulation: NewSimulation, num_steps_before: int) -> None:
+    simulation = new_simulation(**ROOMY, max_tokens_per_forward=4)
+    ids = simulation.submit(PROMPT, max_tokens=3, n=2)
+    for _ in range(num_steps_before):
+        simulation.step()
+    simulation.plan()
+    for request_id in [*ids, 999]:
+        simulation.abort(request_id)
+    if simulation.in_flight:
+        assert simulation.scheduler.stats().num_free_blocks < 64, "blocks came back while a step was in flight"
+    simulation.finish()
+
+
+def test_an_aborted_id_can_be_used_again_at_once(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    [request_id] = simulation.submit(PROMPT, max_tokens=9)
+    simulation.plan()
+    simulation.abort(request_id)
+    simulation.next_id = request_id
+    simulation.salt_of_seed.clear()
+    simulation.submit(PROMPT, max_tokens=9)
+    simulation.finish()
+    assert len(simulation.done[request_id].got) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1, -1]}, "prompt"),
+        ({"prompt": [23]}, "prompt"),
+        ({"prompt": [1] * 60}, "prompt"),
+        ({"prompt": [1] * 50, "max_tokens": 11}, "max_tokens"),
+        ({"prompt": [1] * 58, "max_tokens": None, "min_tokens": 3}, "min_tokens"),
+        ({"prompt": [1], "n": 0}, "n"),
+        ({"prompt": [1], "stop_ids": tuple(range(33))}, "stop_token_ids"),
+        ({"prompt": [1], "stop_ids": tuple(range(17)), "min_tokens": 1}, "stop_token_ids"),
+    ],
+)
+def test_what_could_never_run_is_refused_at_once(new_simulation: NewSimulation, arguments: Any, param: str) -> None:
+    simulation = new_simulation(**ROOMY)
+    with pytest.raises(RequestError) as refused:
+        simulation.submit(**arguments)
+    assert (refused.value.param, refused.value.status) == (param, 400)
+    assert not simulation.scheduler.has_work
+
+
+def test_an_id_in_use_is_refused(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    simulation.submit(PROMPT, n=3)
+    simulation.next_id = 3
+    with pytest.raises(RequestError, match="3 is in use"):
+        simulation.submit(PROMPT)
+
+
+def test_a_request_that_fills_the_whole_pool_runs(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(num_blocks=3, block_size=4, max_request_tokens=1000)
+    assert simulation.config.max_tokens_per_request == 13  # the last token drawn is never written
+    simulation.submit([1] * 9, max_tokens=4)
+    simulation.submit([2] * 12, max_tokens=1)
+    simulation.finish()
+    with pytest.raises(RequestError):
+        simulation.submit([1] * 9, max_tokens=5)
+
+
+def test_commit_refuses_a_result_out_of_order_or_of_another_size(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    simulation.submit(PROMPT)
+    first, second = simulation.plan(), simulation.plan()
+    with pytest.raises(InvariantError, match="oldest"):
+        simulation.scheduler.commit(StepResult(second.step, np.zeros(1, dtype=np.int32)))
+    with pytest.raises(InvariantError, match="rows"):
+        simulation.scheduler.commit(StepResult(first.step, np.zeros(2, dtype=np.int32)))
+
+
+def test_outputs_pack_into_the_message(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY)
+    ids = simulation.submit(PROMPT, n=2, max_tokens=1)
+    outputs = simulation.scheduler.commit(simulation.device.run(simulation.scheduler.next_plan()))
+    message = outputs.pack(simulation.scheduler.stats())
+    assert np.frombuffer(message.request_ids, dtype="<i8").tolist() == ids
+    assert unpack_tokens(message.token_ids).tolist() == outputs.token_ids.tolist()
+    assert list(message.finish) == [FinishReason.LENGTH] * 2
+    assert np.frombuffer(message.cached, dtype="<i4").tolist() == [0, 8]
+
+
+def test_an_all_decode_step_reuses_its_arrays(new_simulation: NewSimulation) -> None:
+    """Nothing is built anew for rows that just go on."""
+    simulation = new_simulation(**ROOMY)
+    simulation.submit(PROMPT[:9], n=4, max_tokens=20)
+    simulation.step()
+    first = simulation.plan()
+    simulation.commit()
+    second = simulation.plan()
+    for name in ("rows", "query_start", "token_ids", "samples", "table", "settings"):
+        assert getattr(first, name) is getattr(second, name)
+    assert (second.seq_lens - first.seq_lens).tolist() == [1] * 4
+
+
+def test_the_same_trace_gives_the_same_plan_bytes_under_any_hash_seed() -> None:
+    script = (
+        "import hashlib, runpy; walk = runpy.run_path('conftest.py')['random_walk']; "
+        "print(hashlib.sha256(b''.join(b''.join(walk(seed, 150).trace) for seed in range(12))).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1 and len(digests.pop()) == 65

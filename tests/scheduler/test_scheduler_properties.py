@@ -1,0 +1,108 @@
+"""Random traffic against the laws: whatever order submits, aborts, plans and commits come in, on pools that are too small.
+
+TOKA_TEST_SCHEDULER_EVENTS sets how many events are tried (20,000 by default); the laws are in conftest.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+NUM_EVENTS = int(os.environ.get("TOKA_TEST_SCHEDULER_EVENTS", "20000"))
+STEPS_PER_EXAMPLE = 60
+
+
+def test_random_days_of_traffic(walk: Callable[[int, int], Any]) -> None:
+    num_events = preemptions = cached = seed = 0
+    while num_events < NUM_EVENTS:
+        simulation = walk(seed, 300)
+        stats = simulation.scheduler.stats()
+        num_events += simulation.num_events
+        preemptions += stats.preemptions_total
+        cached += stats.cached_prompt_tokens_total
+        seed += 1
+    assert preemptions > 0 and cached > 0, "the traffic did not press the pool"
+
+
+def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
+    class Traffic(RuleBasedStateMachine):
+        """Hypothesis chooses the limits and the events, and shrinks what fails."""
+
+        @initialize(
+            num_blocks=st.integers(4, 24),
+            block_size=st.sampled_from([1, 2, 4]),
+            max_request_tokens=st.integers(3, 40),
+            max_tokens_per_forward=st.sampled_from([1, 4, 16]),
+            max_seqs_per_forward=st.integers(1, 6),
+            prefix_cache=st.booleans(),
+            steps_in_flight=st.integers(1, 4),
+            watermark=st.sampled_from([0.0, 0.1]),
+        )
+        def start(self, **config: Any) -> None:
+            self.simulation = new_simulation(**config)
+
+        @rule(
+            data=st.data(),
+            n=st.sampled_from([1, 1, 2, 3]),
+            stop_ids=st.sampled_from([(), (3,), (1, 5, 9)]),
+            salt=st.sampled_from(["", "a"]),
+            priority=st.integers(-1, 1),
+        )
+        def submit(self, data: st.DataObject, n: int, stop_ids: tuple[int, ...], salt: str, priority: int) -> None:
+            limit = self.simulation.config.max_tokens_per_request
+            length = data.draw(st.integers(1, limit - 1))
+            tail = data.draw(st.integers(0, 2))  # few different prompts, so that prefixes meet
+            prompt = [7] * (length - min(tail, length)) + [tail] * min(tail, length)
+            max_tokens = data.draw(st.none() | st.integers(1, limit - length))
+            most = limit - length if max_tokens is None else max_tokens
+            min_tokens = data.draw(st.integers(0, min(2, most)))
+            self.simulation.submit(
+                prompt,
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                n=n,
+                stop_ids=stop_ids,
+                salt=salt,
+                priority=priority,
+            )
+
+        @precondition(lambda self: self.simulation.live)
+        @rule(data=st.data())
+        def abort(self, data: st.DataObject) -> None:
+            self.simulation.abort(data.draw(st.sampled_from(list(self.simulation.live))))
+
+        @rule(times=st.integers(1, 4))
+        def plan(self, times: int) -> None:
+            for _ in range(times):
+                self.simulation.plan()
+
+        @precondition(lambda self: self.simulation.in_flight)
+        @rule()
+        def commit(self) -> None:
+            self.simulation.commit()
+
+        @rule(times=st.integers(1, 8))
+        def step(self, times: int) -> None:
+            for _ in range(times):
+                self.simulation.step()
+
+        def teardown(self) -> None:
+            if hasattr(self, "simulation"):
+                self.simulation.finish()
+
+    run_state_machine_as_test(
+        Traffic,
+        settings=settings(
+            max_examples=max(1, NUM_EVENTS // (5 * STEPS_PER_EXAMPLE)),
+            stateful_step_count=STEPS_PER_EXAMPLE,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -120,7 +120,7 @@ def read_spec(config: Mapping[str, Any], rope_scaling: Mapping[str, Any] | None 
         mlp_bias=fields.flag("mlp_bias") if model_type == "llama" else False,
         qk_norm=model_type == "qwen3",
         tied_head=fields.flag("tie_word_embeddings"),
-        eos_token_ids=tuple(config.get("eos_token_id") or ()),
+        eos_token_ids=_eos_token_ids(fields),
         checkpoint_dtype=_checkpoint_dtype(config),
     )
 
@@ -290,6 +290,14 @@ def _max_context_tokens(fields: _Fields, rope: RopeSpec) -> int:
     if rope.type in ("linear", "dynamic", "yarn"):
         return max(max_positions, int(rope.original_context_tokens * rope.factor))
     return max_positions
+
+
+def _eos_token_ids(fields: _Fields) -> tuple[int, ...]:
+    stated = fields.values.get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        fields.fail("eos_token_id", "must hold token ids")
+    return tuple(ids)
 
 
 def _checkpoint_dtype(config: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,99 @@
+"""Fixtures that several rooms share: built kernels, the default model, and GGUF files made to measure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from toka.errors import ConfigError
+from toka.model_source import ModelSource, locate
+
+GGUF_SETTINGS: dict[str, Any] = {
+    "block_count": 2,
+    "context_length": 64,
+    "embedding_length": 256,
+    "feed_forward_length": 512,
+    "attention.head_count": 8,
+    "attention.head_count_kv": 2,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.freq_base": 500.0,
+}
+
+
+@pytest.fixture(scope="session")
+def cache_dir() -> Path:
+    """Where built kernels stay between runs: TOKA_CACHE, or the user's cache directory."""
+    return Path(os.environ.get("TOKA_CACHE", Path.home() / ".cache" / "toka"))
+
+
+@pytest.fixture(scope="session")
+def cpp_kernels(cache_dir: Path) -> Path:
+    """The C++ kernels, built (once a machine) and loaded; the library's path."""
+    from toka.kernels.cpp.build import build, load
+
+    library = build(cache_dir)
+    load(library)
+    return library
+
+
+@pytest.fixture(scope="session")
+def default_model(cache_dir: Path) -> ModelSource:
+    """SmolLM2-135M-Instruct, fetched once into the cache directory."""
+    try:
+        return locate("default", None, cache_dir)
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., Path]:
+    """write_gguf(path, tensors, arch="llama", settings={}, metadata={}) → path.
+
+    tensors: name → float array, or (array, type) to quantise, or (uint8 array, type, True) for bytes that are quantised already.
+    settings: below the architecture's name, added to GGUF_SETTINGS (None removes one). metadata: with full keys.
+    """
+
+    def write(
+        path: Path,
+        tensors: Mapping[str, Any],
+        arch: str = "llama",
+        settings: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Path:
+        writer = gguf.GGUFWriter(path, arch)
+        for key, value in (GGUF_SETTINGS | dict(settings or {})).items():
+            if value is not None:
+                _add(writer, f"{arch}.{key}", value)
+        for key, value in ({"tokenizer.ggml.eos_token_id": 2} | dict(metadata or {})).items():
+            _add(writer, key, value)
+        for name, tensor in tensors.items():
+            array, kind, *raw = tensor if isinstance(tensor, tuple) else (tensor, gguf.GGMLQuantizationType.F32)
+            data = array if raw else gguf.quantize(np.ascontiguousarray(array, np.float32), kind)
+            writer.add_tensor(name, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write

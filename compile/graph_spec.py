@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from toka.errors import InvariantError
@@ -37,12 +38,8 @@ def _complaint(node: Node, program: ExportedProgram) -> str | None:
     if node.op == "get_attr":
         return "reads a tensor that is not an input"
     if node.op == "placeholder":
-        hidden = {*program.graph_signature.parameters, *program.graph_signature.buffers}
-        if program.graph_signature.inputs_to_parameters.get(node.name) or program.graph_signature.inputs_to_buffers.get(
-            node.name
-        ):
-            return f"is a parameter inside the graph ({', '.join(sorted(hidden))})"
-        return None
+        kinds = {spec.arg.name: spec.kind for spec in program.graph_signature.input_specs}
+        return None if kinds.get(node.name) is InputKind.USER_INPUT else "is a tensor hidden in the graph, not an input"
     if node.op != "call_function":
         return None if node.op == "output" else f"has the illegal kind {node.op}"
     if node.target in HOST_SYNCS:

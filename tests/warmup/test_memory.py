@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from toka.config import ResolvedConfig
+from toka.errors import ConfigError
+from toka.runner.kv_cache import KVCacheShape
+from toka.warmup.memory import PeakMemory, available_memory_bytes, num_kv_blocks, total_memory_bytes
+
+SHAPE = KVCacheShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype=torch.float16)
+
+
+def config(**changes: object) -> ResolvedConfig:
+    fields = dict(
+        device="cpu",
+        dtype="float16",
+        num_threads=1,
+        block_size=16,
+        kv_cache_num_tokens=None,
+        kv_cache_memory_fraction=0.5,
+        prefix_cache=True,
+        max_tokens_per_forward=64,
+        max_seqs_per_forward=4,
+        max_context_tokens=100,
+        steps_in_flight=2,
+        torch_compile=True,
+        cache_path=Path(),
+        cxx=None,
+    )
+    return ResolvedConfig(**{**fields, **changes})
+
+
+def test_bytes_of_a_block() -> None:
+    assert SHAPE.bytes_per_block == 2 * 2 * 3 * 16 * 8 * 2
+    assert SHAPE.bytes_per_token * 16 == SHAPE.bytes_per_block
+
+
+def test_the_share_of_what_is_left() -> None:
+    assert num_kv_blocks(config(), SHAPE, available_bytes=20 * SHAPE.bytes_per_block) == 10
+
+
+def test_never_more_than_a_full_step_can_use() -> None:
+    assert num_kv_blocks(config(), SHAPE, available_bytes=10**12) == 4 * 7  # 100 tokens are 7 blocks
+
+
+def test_the_flag_wins_in_whole_blocks() -> None:
+    assert num_kv_blocks(config(kv_cache_num_tokens=1000), SHAPE, available_bytes=10**9) == 62
+
+
+def test_the_flag_must_fit() -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_num_tokens=1000000 needs .* GiB"):
+        num_kv_blocks(config(kv_cache_num_tokens=1_000_000), SHAPE, available_bytes=10**6)
+    with pytest.raises(ConfigError, match="kv_cache_num_tokens=20"):
+        num_kv_blocks(config(kv_cache_num_tokens=20), SHAPE, available_bytes=10**9)
+
+
+def test_no_memory_left() -> None:
+    with pytest.raises(ConfigError, match="no memory is left"):
+        num_kv_blocks(config(), SHAPE, available_bytes=SHAPE.bytes_per_block)
+
+
+def test_the_machine_has_memory() -> None:
+    assert 0 < available_memory_bytes() <= total_memory_bytes()
+
+
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    with PeakMemory() as peak:
+        block = torch.ones(64 * 2**20, dtype=torch.uint8)
+        del block
+    assert 60 * 2**20 < peak.num_bytes < 200 * 2**20

@@ -52,7 +52,8 @@ inline void pack_keys(const TileRows<T>& tile, const TileRows<T>* next, int64_t 
         const T* key = tile.key[group + i] + d;
         square[i] = count >= kLanes ? load(key) : load_part(key, count);
       }
-      if (next != nullptr) {
+      constexpr int64_t kPerLine = kCacheLineBytes / static_cast<int64_t>(sizeof(T));
+      if (next != nullptr && d % kPerLine == 0) {
         for (int i = 0; i < kLanes; ++i) {
           __builtin_prefetch(next->key[group + i] + d);
           __builtin_prefetch(next->value[group + i] + d);

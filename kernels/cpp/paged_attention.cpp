@@ -343,30 +343,24 @@ class Attention {
   void locate(const Unit& unit, int64_t tile_begin, int64_t begin, int64_t end, TileRows<T>& tile) {
     alignas(kCacheLineBytes) static const T zeros[kMaxHeadDim] = {};
     const int32_t* blocks = p_.block_table.at(*p_.rows.at(unit.batch_index));
-    const int64_t block_size = p_.block_size();
-    const T *key = nullptr, *value = nullptr;
-    for (int j = 0; j < kTile; ++j) {
-      const int64_t position = tile_begin + j;
-      tile.key[j] = tile.value[j] = zeros;
-      if (position < begin || position >= end) continue;
-      const int64_t offset = position % block_size;
-      if (key == nullptr || offset == 0) {
-        const int64_t block = blocks[position / block_size];
-        if (block < 0 || block >= p_.key_cache.sizes[0]) {
-          bad_block_ = true;
-          return attend_zeros(tile, j, zeros);
-        }
-        key = p_.key_cache.at(block, unit.kv_head);
-        value = p_.value_cache.at(block, unit.kv_head);
+    const int64_t block_size = p_.block_size(), key_stride = p_.key_cache.strides[2], value_stride = p_.value_cache.strides[2];
+    const int64_t first = std::max(begin, tile_begin) - tile_begin, last = std::min(end - tile_begin, int64_t{kTile});
+    std::fill_n(tile.key, first, zeros);
+    std::fill_n(tile.value, first, zeros);
+    int64_t column = (tile_begin + first) / block_size, offset = (tile_begin + first) % block_size;
+    for (int64_t j = first; j < last; ++column, offset = 0) {
+      const int64_t block = blocks[column], run_end = std::min(last, j + block_size - offset);
+      const bool inside = block >= 0 && block < p_.key_cache.sizes[0];
+      if (!inside) bad_block_ = true;
+      const T* key = inside ? p_.key_cache.at(block, unit.kv_head, offset) : zeros;
+      const T* value = inside ? p_.value_cache.at(block, unit.kv_head, offset) : zeros;
+      for (; j < run_end; ++j, key += inside ? key_stride : 0, value += inside ? value_stride : 0) {
+        tile.key[j] = key;
+        tile.value[j] = value;
       }
-      tile.key[j] = key + offset * p_.key_cache.strides[2];
-      tile.value[j] = value + offset * p_.value_cache.strides[2];
     }
-  }
-
-  static void attend_zeros(TileRows<T>& tile, int from, const T* zeros) {
-    std::fill(tile.key + from, tile.key + kTile, zeros);
-    std::fill(tile.value + from, tile.value + kTile, zeros);
+    std::fill(tile.key + last, tile.key + kTile, zeros);
+    std::fill(tile.value + last, tile.value + kTile, zeros);
   }
 
   const Problem<Q, T>& p_;

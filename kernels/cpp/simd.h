@@ -47,10 +47,15 @@ inline vfloat load(const float* p) {
 inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline vfloat load(const bfloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#else
   typedef uint16_t half_width __attribute__((vector_size(kLanes * 2)));
   half_width bits;
   std::memcpy(&bits, p, sizeof(bits));
   return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
+#endif
 }
 
 inline vfloat load(const float16* p) {

@@ -1,0 +1,46 @@
+"""The choice of a kernel, and the reasons that it gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from toka.errors import ConfigError
+from toka.kernels.op_schema import SCHEMAS
+from toka.kernels.registry import Trait, choose, implementations
+
+BOTH = ("reference", "cpp")
+
+
+def test_the_fastest_that_fits_is_chosen() -> None:
+    kernel = choose("paged_attention", "cpu", torch.bfloat16, families=BOTH, head_dim=64)
+    assert kernel.overload is torch.ops.toka_cpp.paged_attention.default
+    assert kernel.reason == "cpp, priority 10"
+
+
+def test_the_reason_names_what_was_passed_over() -> None:
+    kernel = choose("paged_attention", "cpu", torch.float32, families=BOTH, head_dim=512)
+    assert kernel.overload is torch.ops.toka.paged_attention.default
+    assert kernel.reason == "reference, priority 0; passed over: cpp head dim 512 is above 256"
+    kernel = choose("sample", "cuda", torch.float32, families=BOTH)
+    assert "cpp runs on cpu only" in kernel.reason
+    kernel = choose("sample", "cpu", torch.float32, families=("reference",))
+    assert "cpp is not among the families in use" in kernel.reason
+
+
+def test_nothing_that_fits_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"no kernel for sample on cpu with torch.float64: .*reference does not take"):
+        choose("sample", "cpu", torch.float64, families=BOTH)
+    with pytest.raises(ConfigError, match="reference is not chunk_invariant"):
+        choose("paged_attention", "cuda", torch.float32, families=BOTH, traits=[Trait.CHUNK_INVARIANT])
+    with pytest.raises(
+        ConfigError, match="unknown kernel operator 'attention'; known: paged_attention, sample, write_kv"
+    ):
+        choose("attention", "cpu", torch.float32, families=BOTH)
+
+
+def test_every_operator_has_a_reference_and_something_faster() -> None:
+    for op in SCHEMAS:
+        found = implementations(op)
+        assert found[-1].family == "reference" and len(found) > 1
+        assert len({(i.family, i.priority) for i in found}) == len(found)

@@ -1,0 +1,209 @@
+"""Sampling: every implementation against the reference, and both against probability theory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from toka.kernels.registry import FLOATS, Implementation, implementations
+
+pytestmark = pytest.mark.usefixtures("cpp_kernels")
+
+ALL = implementations("sample")
+FAST = [i for i in ALL if i.family != "reference"]
+MAX_ROWS = 8
+MAX_HELD_BACK = 16
+
+
+def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full((MAX_ROWS,), value, dtype=dtype)
+
+
+@dataclass
+class Tables:
+    """The device's sampling settings, in the operator's order; row 0..MAX_ROWS-1."""
+
+    temperature: Tensor = field(default_factory=lambda: full(1.0))
+    top_k: Tensor = field(default_factory=lambda: full(0, torch.int32))
+    top_p: Tensor = field(default_factory=lambda: full(1.0))
+    min_p: Tensor = field(default_factory=lambda: full(0.0))
+    seed: Tensor = field(default_factory=lambda: torch.arange(MAX_ROWS) * 977 - 3)
+    held_back_ids: Tensor = field(default_factory=lambda: torch.full((MAX_ROWS, MAX_HELD_BACK), -1, dtype=torch.int32))
+    held_back_until: Tensor = field(default_factory=lambda: full(0, torch.int32))
+    last_token: Tensor = field(default_factory=lambda: full(-7, torch.int32))
+
+
+def sample(
+    implementation: Implementation, logits_RV: Tensor, tables: Tables, *, rows: list[int], positions: list[int]
+) -> list[int]:
+    rows_R, positions_R = torch.tensor(rows, dtype=torch.int32), torch.tensor(positions, dtype=torch.int32)
+    sampled = implementation.overload(logits_RV, rows_R, positions_R, *vars(tables).values())
+    assert sampled.dtype == torch.int32 and sampled.shape == (len(rows),)
+    for i, row in enumerate(rows):
+        if row >= 0:
+            assert int(tables.last_token[row]) == int(sampled[i])
+        else:
+            assert int(sampled[i]) == 0
+    return sampled.tolist()
+
+
+def draws(implementation: Implementation, logits_V: list[float], tables: Tables, count: int = 400) -> set[int]:
+    """The ids that turn up when one row draws at many positions."""
+    logits_RV = torch.tensor([logits_V]).expand(count, -1)
+    positions = torch.arange(count, dtype=torch.int32)
+    rows = torch.zeros(count, dtype=torch.int32)
+    return set(implementation.overload(logits_RV, rows, positions, *vars(tables).values()).tolist())
+
+
+every = pytest.mark.parametrize("implementation", ALL, ids=lambda i: i.family)
+every_fast = pytest.mark.parametrize("implementation", FAST, ids=lambda i: i.family)
+
+
+@every_fast
+@pytest.mark.parametrize("vocab_size", [1, 5, 64, 1000, 49_152])
+@pytest.mark.parametrize("dtype", sorted(FLOATS, key=str), ids=str)
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_same_draws_as_the_reference(
+    implementation: Implementation, vocab_size: int, dtype: torch.dtype, spread: float
+) -> None:
+    random = torch.Generator().manual_seed(vocab_size)
+    logits_RV = (torch.randn(MAX_ROWS, vocab_size, generator=random) * spread).to(dtype)
+    tables = Tables(
+        temperature=torch.tensor([0.0, 1.0, 0.6, 1.0, 0.7, 1.5, 1.0, 0.3]),
+        top_k=torch.tensor([0, 0, 0, 50, 20, 3, 10**9, 1], dtype=torch.int32),
+        top_p=torch.tensor([1.0, 1.0, 0.9, 1.0, 0.8, 0.95, 0.999, 0.5]),
+        min_p=torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05, 0.3, 0.001, 0.0]),
+    )
+    reference = implementations("sample")[-1]
+    assert reference.family == "reference"
+    rows = [3, 1, -1, 0, 7, 2, 5, 4]
+    for position in (1, 3000):
+        positions = [position + i for i in range(len(rows))]
+        expected = sample(
+            reference, logits_RV, replace(tables, last_token=full(-7, torch.int32)), rows=rows, positions=positions
+        )
+        assert sample(implementation, logits_RV, tables, rows=rows, positions=positions) == expected
+
+
+@every
+def test_frequencies_follow_the_probabilities(implementation: Implementation) -> None:
+    """Chi-squared over 4,000 draws with fixed seeds; 7 degrees of freedom, 0.1 % quantile 24.3."""
+    logits_V = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.0])
+    tables, count = Tables(temperature=full(0.8)), 4000
+    sampled = implementation.overload(
+        logits_V.expand(count, -1),
+        torch.arange(count, dtype=torch.int32) % MAX_ROWS,
+        torch.arange(count, dtype=torch.int32) // MAX_ROWS,
+        *vars(tables).values(),
+    )
+    expected = (logits_V / 0.8).softmax(0) * count
+    observed = torch.bincount(sampled.long(), minlength=8)
+    assert float(((observed - expected) ** 2 / expected).sum()) < 24.3
+
+
+@every
+def test_greedy_takes_the_lowest_of_equals(implementation: Implementation) -> None:
+    logits_RV = torch.zeros(2, 200)
+    logits_RV[0, [150, 33, 70]] = 5.0
+    assert sample(implementation, logits_RV, Tables(temperature=full(0.0)), rows=[2, 4], positions=[9, 9]) == [33, 0]
+
+
+@every
+def test_top_k_keeps_exactly_k_and_prefers_lower_ids(implementation: Implementation) -> None:
+    logits_V = [1.0, 2.0, 1.0, 2.0, 1.0, 0.0]
+    assert draws(implementation, logits_V, Tables(top_k=full(3, torch.int32))) == {0, 1, 3}
+    assert draws(implementation, logits_V, Tables(top_k=full(1, torch.int32))) == {1}
+    assert draws(implementation, logits_V, Tables(top_k=full(6, torch.int32))) == {0, 1, 2, 3, 4, 5}
+
+
+@every
+def test_top_p_keeps_the_smallest_set_that_reaches_it(implementation: Implementation) -> None:
+    uniform = [0.0] * 10
+    assert draws(implementation, uniform, Tables(top_p=full(0.5))) == {0, 1, 2, 3, 4}
+    assert draws(implementation, uniform, Tables(top_p=full(0.51))) == {0, 1, 2, 3, 4, 5}
+    assert draws(implementation, uniform, Tables(top_p=full(1e-6))) == {0}
+    halves = [float(torch.tensor(p).log()) for p in (0.125, 0.5, 0.25, 0.125)]
+    assert draws(implementation, halves, Tables(top_p=full(0.7))) == {1, 2}
+
+
+@every
+def test_top_p_counts_what_top_k_left(implementation: Implementation) -> None:
+    logits_V = [float(torch.tensor(p).log()) for p in (0.4, 0.3, 0.2, 0.1)]
+    # After top_k = 2 the rest is 4/7 and 3/7: 0.5 is reached by the first alone, as it would not be of the whole.
+    assert draws(implementation, logits_V, Tables(top_k=full(2, torch.int32), top_p=full(0.5))) == {0}
+    assert draws(implementation, logits_V, Tables(top_p=full(0.5))) == {0, 1}
+
+
+@every
+def test_min_p_drops_what_is_unlikely_beside_the_best(implementation: Implementation) -> None:
+    logits_V = [float(torch.tensor(p).log()) for p in (0.5, 0.3, 0.15, 0.05)]
+    assert draws(implementation, logits_V, Tables(min_p=full(0.2))) == {0, 1, 2}
+    assert draws(implementation, logits_V, Tables(min_p=full(1.0))) == {0}
+
+
+@every
+def test_held_back_ids_until_their_position(implementation: Implementation) -> None:
+    held = torch.full((MAX_ROWS, MAX_HELD_BACK), -1, dtype=torch.int32)
+    held[:, 0], held[:, 5] = 3, 10**6  # an id beyond the vocabulary is nothing to hold back
+    logits_RV = torch.tensor([[0.0, 1.0, 2.0, 9.0]]).expand(2, -1)
+    for temperature in (0.0, 0.01):
+        tables = Tables(temperature=full(temperature), held_back_ids=held, held_back_until=full(10, torch.int32))
+        assert sample(implementation, logits_RV, tables, rows=[0, 1], positions=[9, 10]) == [2, 3]
+
+
+@every
+def test_broken_logits_never_break_the_row(implementation: Implementation) -> None:
+    nan, inf = float("nan"), float("inf")
+    held = torch.full((MAX_ROWS, MAX_HELD_BACK), -1, dtype=torch.int32)
+    held[3, :2] = torch.tensor([0, 1])
+    logits_RV = torch.tensor(
+        [
+            [nan, 1.0, nan, 5.0],  # NaN can't be drawn
+            [nan, nan, nan, nan],  # nothing can: the lowest id
+            [-inf, -inf, 0.0, -inf],
+            [-inf, -inf, -inf, -inf],  # the lowest id that is not held back
+            [-inf, inf, 3.0, inf],  # +inf counts as the largest finite number
+        ]
+    )
+    for temperature in (0.0, 1e-40, 1e-3):
+        for top_k, top_p in ((0, 1.0), (2, 1.0), (0, 0.5), (2, 0.5)):
+            tables = Tables(
+                temperature=full(temperature),
+                top_k=full(top_k, torch.int32),
+                top_p=full(top_p),
+                held_back_ids=held,
+                held_back_until=full(100, torch.int32),
+            )
+            tokens = sample(implementation, logits_RV, tables, rows=[0, 1, 2, 3, 4], positions=[5] * 5)
+            assert tokens[:4] == [3, 0, 2, 2] and tokens[4] in (1, 3)
+            assert temperature > 0 or tokens[4] == 1
+
+
+@every
+def test_draws_depend_on_seed_and_position_only(implementation: Implementation) -> None:
+    logits_V = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    tables = Tables(seed=torch.full((MAX_ROWS,), 42), top_p=full(0.95))
+    alone = sample(implementation, logits_V[None], tables, rows=[5], positions=[17])
+    noise_RV = torch.randn(4, 5000)
+    noise_RV[2] = logits_V
+    assert sample(implementation, noise_RV, tables, rows=[0, -1, 7, 2], positions=[1, 0, 17, 3])[2] == alone[0]
+    rows, positions = [0, 1, 2, 3, 4, 5], [18, 19, 20, 21, 22, 23]
+    later = sample(implementation, logits_V.expand(6, -1), tables, rows=rows, positions=positions)
+    tables.seed.fill_(43)
+    other = sample(implementation, logits_V.expand(6, -1), tables, rows=rows, positions=positions)
+    assert len(set(later)) > 1 and later != other
+
+
+def test_bad_arguments_are_refused() -> None:
+    tables = Tables()
+    op = torch.ops.toka_cpp.sample.default
+    rows, positions = torch.tensor([0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="outside of the tables"):
+        op(torch.zeros(1, 4), rows + MAX_ROWS, positions, *vars(tables).values())
+    with pytest.raises(RuntimeError, match="seed must be Long"):
+        op(torch.zeros(1, 4), rows, positions, *vars(replace(tables, seed=full(0, torch.int32))).values())
+    with pytest.raises(RuntimeError, match="vocabulary must not be empty"):
+        op(torch.zeros(1, 0), rows, positions, *vars(tables).values())

@@ -16,13 +16,10 @@ from toka.errors import CapacityError, TokaError
 from toka.messages import FinishReason
 from toka.metrics import Metrics
 from toka.params import SamplingParams
-from toka.text.detokenizer import Detokenizer
-from toka.text.stop import StopMatcher
+from toka.text.generated_text import GeneratedText
 from toka.text.tokenizer import Tokenizer
 
 MAX_PENDING_EVENTS = 4096  # tokens a streaming client may lag behind
-
-_REASON_WORDS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
 
 
 class TokenEvent(NamedTuple):
@@ -40,58 +37,46 @@ class SampleFailedError(TokaError):
 class Sample:
     """One choice of a request, from the first token to the last."""
 
-    __slots__ = (
-        "_detokenizer", "_generation", "_matcher", "_min_tokens", "_pieces", "_time",
-        "finish_reason", "index", "num_cached_tokens", "num_tokens",
-    )  # fmt: skip
+    __slots__ = ("_generated", "_generation", "_pieces", "_time", "index", "num_cached_tokens")
 
     def __init__(self, generation: Generation, index: int, sampling: SamplingParams, tokenizer: Tokenizer):
         self._generation = generation
-        self._detokenizer = Detokenizer(tokenizer.token_bytes)
-        self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
-        self._min_tokens = sampling.min_tokens
+        self._generated = GeneratedText(tokenizer.token_bytes, sampling)
         self._pieces: list[str] = []
         self._time = generation.start_time
         self.index = index
-        self.num_tokens = 0
         self.num_cached_tokens = 0
-        self.finish_reason: str | None = None
 
     @property
     def text(self) -> str:
         return "".join(self._pieces)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._generated.num_tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._generated.finish_reason
 
     def take(self, token_id: int, finish: int, num_cached_tokens: int, now: float) -> bool:
         """One entry of `StepOutputs`; token_id -1 = none. now: time.perf_counter().
 
         Returns whether no more is wanted: the sample is over, or its generation has failed.
         """
-        if self.num_tokens == 0:
-            self.num_cached_tokens = max(num_cached_tokens, 0)
-        text = ""
+        generation = self._generation
         if token_id >= 0:
             self._observe_latency(now)
-            self.num_tokens += 1
-            if finish != FinishReason.STOP:  # the token that says stop is no part of the text
-                text = self._detokenizer.push(token_id)
+            if self.num_tokens == 0:
+                self.num_cached_tokens = num_cached_tokens
+        text = self._generated.take(token_id, finish)
         if finish == FinishReason.ERROR:
-            self.finish_reason = "error"
-            self._generation.fail(SampleFailedError("The engine could not go on with this request."))
+            generation.fail(SampleFailedError("The engine could not go on with this request."))
             return True
-        reason = _REASON_WORDS.get(FinishReason(finish)) if finish else None
-        if reason is not None:
-            text += self._detokenizer.flush()
-        if self._matcher is not None:
-            text = self._matcher.push(text, may_stop=self.num_tokens >= self._min_tokens)
-            if self._matcher.stopped:
-                reason = "stop"
-            elif reason is not None:
-                text += self._matcher.flush()
         if text:
             self._pieces.append(text)
-        self.finish_reason = reason
-        self._generation.emit(TokenEvent(self.index, text, reason), now)
-        return reason is not None or self._generation.is_over
+        generation.emit(TokenEvent(self.index, text, self.finish_reason), now)
+        return generation.is_over or self.finish_reason is not None
 
     def _observe_latency(self, now: float) -> None:
         metrics = self._generation.metrics

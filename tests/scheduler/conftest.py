@@ -20,6 +20,7 @@ import pytest
 from toka.messages import FinishReason, Submit, pack_tokens
 from toka.params import SamplingParams
 from toka.plan import BatchPlan, StepResult
+from toka.scheduler.admission import AdmissionPolicy
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.scheduler import Scheduler
 
@@ -118,9 +119,9 @@ class FakeDevice:
 class Simulation:
     """Client, scheduler and device; check() after every event, finish() at the end."""
 
-    def __init__(self, **config: Any):
+    def __init__(self, admission: AdmissionPolicy | None = None, **config: Any):
         self.config = SchedulerConfig(vocab_size=VOCAB, **config)
-        self.scheduler = Scheduler(self.config, secret=b"of these tests only")
+        self.scheduler = Scheduler(self.config, secret=b"of these tests only", admission=admission)
         self.salt_of_seed: dict[int, int] = {}
         self.device = FakeDevice(self.config, self.salt_of_seed)
         self.in_flight: deque[BatchPlan] = deque()

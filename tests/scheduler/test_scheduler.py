@@ -15,6 +15,7 @@ import pytest
 from toka.errors import InvariantError, RequestError
 from toka.messages import FinishReason, unpack_tokens
 from toka.plan import StepResult
+from toka.scheduler.admission import Load
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 ROOMY: dict[str, Any] = {"num_blocks": 64, "block_size": 4, "max_request_tokens": 60, "max_seqs_per_forward": 8}
@@ -111,16 +112,18 @@ def test_samples_share_a_prompt_that_takes_several_steps(new_simulation: NewSimu
     assert [simulation.done[i].cached for i in ids] == [0, 8, 8]
 
 
-def test_past_requests_leave_their_prefix_prompt_and_output(new_simulation: NewSimulation) -> None:
+@pytest.mark.parametrize(("max_tokens", "cached"), [(6, 12), (7, 16), (9, 16)])
+def test_past_requests_leave_their_prefix_prompt_and_output(
+    new_simulation: NewSimulation, max_tokens: int, cached: int
+) -> None:
     simulation = new_simulation(**ROOMY)
-    [first] = simulation.submit(PROMPT, max_tokens=9)
+    [first] = simulation.submit(PROMPT, max_tokens=max_tokens)
     simulation.finish()
-    conversation = PROMPT + simulation.done[first].got + [3, 1, 4]
-    [second] = simulation.submit(conversation, max_tokens=2)
+    # The last token's KV is never written; of those before it, full blocks of four can be found.
+    [second] = simulation.submit(PROMPT + simulation.done[first].got + [3, 1, 4], max_tokens=2)
     simulation.finish()
-    # 19 tokens were known at the end; the last one's KV was never written: 18 of them, four full blocks.
-    assert simulation.done[second].cached == 16
-    assert simulation.scheduler.stats().cached_prompt_tokens_total == 16
+    assert simulation.done[second].cached == cached
+    assert simulation.scheduler.stats().cached_prompt_tokens_total == cached
 
 
 def test_last_prompt_token_is_always_computed(new_simulation: NewSimulation) -> None:
@@ -168,6 +171,16 @@ def test_priority_then_arrival_decides_who_begins(new_simulation: NewSimulation)
     assert list(simulation.done) == [order[3], order[1], order[2], order[0]]
 
 
+def test_an_urgent_prompt_goes_before_the_rest_of_another(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY, max_tokens_per_forward=4)
+    simulation.submit(PROMPT, max_tokens=1)
+    first = simulation.plan()
+    simulation.submit(PROMPT[::-1][:3], max_tokens=1, priority=-1)
+    second = simulation.plan()
+    assert second.token_ids.tolist() == [10, 9, 8, 5] and second.rows[1] == first.rows[0]
+    simulation.finish()
+
+
 def test_head_that_lacks_blocks_is_not_overtaken_and_begins_when_they_are_free(new_simulation: NewSimulation) -> None:
     simulation = new_simulation(num_blocks=10, block_size=4, max_request_tokens=40, watermark=0.0, prefix_cache=False)
     [running] = simulation.submit([1] * 17, max_tokens=4)
@@ -179,14 +192,64 @@ def test_head_that_lacks_blocks_is_not_overtaken_and_begins_when_they_are_free(n
 
 
 def test_blocked_head_begins_once_its_prefix_can_be_shared(new_simulation: NewSimulation) -> None:
-    simulation = new_simulation(
-        num_blocks=8, block_size=4, max_request_tokens=30, max_tokens_per_forward=4, watermark=0.0
-    )
-    prompt = list(range(1, 17))
-    [first] = simulation.submit([*prompt, 17], max_tokens=12)
-    [second] = simulation.submit([*prompt, 18], max_tokens=1)  # five blocks, of which at first none can be shared
+    limits = {"num_blocks": 22, "block_size": 1, "max_request_tokens": 22, "watermark": 0.0}
+    probe = new_simulation(**limits)
+    [request_id] = probe.submit([1, 2], max_tokens=18)
+    probe.finish()
+    output = probe.done[request_id].got
+
+    simulation = new_simulation(**limits)
+    [writer] = simulation.submit([1, 2], max_tokens=18)
+    simulation.step()
+    [filler] = simulation.submit([9] * 6, max_tokens=6)
+    simulation.step()
+    # Needs 13 blocks of its own at first, fewer and fewer as the writer's output, which is its prompt, can be shared.
+    [reader] = simulation.submit([1, 2, *output[:14], 3], max_tokens=1)
     simulation.finish()
-    assert list(simulation.done) == [second, first] and simulation.done[second].cached == 16
+    assert list(simulation.done) == [filler, reader, writer] and simulation.done[reader].cached > 6
+
+
+def test_a_blocked_head_that_is_aborted_blocks_nobody(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(num_blocks=10, block_size=4, max_request_tokens=40, watermark=0.0)
+    simulation.submit([1] * 17, max_tokens=15)
+    simulation.step()
+    [big] = simulation.submit([2] * 30, max_tokens=1)
+    simulation.step()
+    simulation.submit([3], max_tokens=1)
+    simulation.abort(big)
+    while simulation.in_flight:
+        simulation.commit()
+    assert simulation.plan().num_rows == 2
+    simulation.finish()
+
+
+def test_the_tail_of_a_past_prefix_is_evicted_before_its_head(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(num_blocks=4, block_size=4, max_request_tokens=17, watermark=0.0)
+    for prompt, cached in (([1] * 16, 0), ([2] * 4, 0), ([1] * 16, 12)):
+        [request_id] = simulation.submit(prompt, max_tokens=1)
+        simulation.finish()
+        assert simulation.done[request_id].cached == cached
+
+
+def test_no_more_are_preempted_than_the_blocks_on_their_way_back_call_for(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(num_blocks=6, block_size=4, max_request_tokens=24, steps_in_flight=3, watermark=0.0)
+    for token in range(3):
+        simulation.submit([token] * 7, max_tokens=10)
+    while not simulation.scheduler.stats().preemptions_total:
+        simulation.step()
+    assert simulation.scheduler.stats().preemptions_total == 1  # its two blocks serve the two that went on
+    simulation.finish()
+
+
+def test_a_policy_may_say_yes_too_often(new_simulation: NewSimulation) -> None:
+    class Always:
+        def admits(self, num_blocks_needed: int, load: Load) -> bool:
+            return True
+
+    simulation = new_simulation(Always(), num_blocks=8, block_size=4, max_request_tokens=30)
+    for token in range(5):
+        simulation.submit([token] * 12, max_tokens=12)
+    simulation.finish()
 
 
 @pytest.mark.parametrize("num_steps_before", range(6))
@@ -225,6 +288,7 @@ def test_an_aborted_id_can_be_used_again_at_once(new_simulation: NewSimulation) 
         ({"prompt": [1] * 50, "max_tokens": 11}, "max_tokens"),
         ({"prompt": [1] * 58, "max_tokens": None, "min_tokens": 3}, "min_tokens"),
         ({"prompt": [1], "n": 0}, "n"),
+        ({"prompt": [1], "priority": 2**63}, "priority"),
         ({"prompt": [1], "stop_ids": tuple(range(33))}, "stop_token_ids"),
         ({"prompt": [1], "stop_ids": tuple(range(17)), "min_tokens": 1}, "stop_token_ids"),
     ],
@@ -292,17 +356,17 @@ def test_an_all_decode_step_reuses_its_arrays(new_simulation: NewSimulation) -> 
 def test_the_same_trace_gives_the_same_plan_bytes_under_any_hash_seed() -> None:
     script = (
         "import hashlib, runpy; walk = runpy.run_path('conftest.py')['random_walk']; "
-        "print(hashlib.sha256(b''.join(b''.join(walk(seed, 150).trace) for seed in range(12))).hexdigest())"
+        "print(hashlib.sha256(b''.join(b''.join(walk(seed, 150).trace) for seed in range(6))).hexdigest())"
     )
-    digests = {
-        subprocess.run(
+    runs = [
+        subprocess.Popen(
             [sys.executable, "-c", script],
             env={**os.environ, "PYTHONHASHSEED": seed},
             cwd=Path(__file__).parent,
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
-        ).stdout
+        )
         for seed in ("1", "2")
-    }
+    ]
+    digests = {run.communicate(timeout=100)[0] for run in runs}
     assert len(digests) == 1 and len(digests.pop()) == 65

@@ -77,10 +77,9 @@ class PrefixRegistrar:
         keys: list[bytes] = []
         for i, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
             chain = self._chain(row)
-            if chain.num_blocks > place:  # known from before a preemption
-                keys += chain.keys_of(place, place + 1)
-            else:
-                keys.append(chain.append(contents[i * block_bytes : (i + 1) * block_bytes]))
+            if chain.num_blocks != place:
+                raise InvariantError(f"row {row} is to register block {place} and has {chain.num_blocks} keys")
+            keys.append(chain.append(contents[i * block_bytes : (i + 1) * block_bytes]))
         self._index.register(keys, table.blocks[rows, places])
         table.num_registered_blocks[rows] = places + np.int32(1)
 

@@ -55,7 +55,9 @@ class RequestTable:
         self.tokens = np.zeros((rows, lines * _CACHE_LINE_TOKENS), dtype=np.int32)
         self.blocks = np.zeros((rows, config.max_blocks_per_row), dtype=np.int32)
         self.stop_ids = np.full((MAX_STOP_IDS_PER_ROW, rows), -1, dtype=np.int32)
-        self._stop_width = 0  # stop ids of the request that had most of them
+        self._num_stop_ids = [0] * rows
+        self._num_rows_with = [rows] + [0] * MAX_STOP_IDS_PER_ROW  # rows by their number of stop ids
+        self._stop_width = 0  # stop ids of the row that has most of them
         self._free_rows = list(range(rows - 1, -1, -1))
         self.epoch = 0  # changes whenever any generation does
 
@@ -75,7 +77,7 @@ class RequestTable:
             raise InvariantError(f"row {row} was given up twice")
         self.request_id[row] = -1
         self.token_room[row] = 0
-        self.stop_ids[: self._stop_width, row] = -1
+        self.set_stop_ids(row, ())
         self._free_rows.append(row)
 
     def drop_late_results(self, row: int) -> None:
@@ -84,8 +86,13 @@ class RequestTable:
         self.epoch += 1
 
     def set_stop_ids(self, row: int, stop_token_ids: tuple[int, ...]) -> None:
+        """Replace the token ids that end the row's request; at most MAX_STOP_IDS_PER_ROW."""
+        self.stop_ids[: self._num_stop_ids[row], row] = -1
         self.stop_ids[: len(stop_token_ids), row] = stop_token_ids
-        self._stop_width = max(self._stop_width, len(stop_token_ids))
+        self._num_rows_with[self._num_stop_ids[row]] -= 1
+        self._num_rows_with[len(stop_token_ids)] += 1
+        self._num_stop_ids[row] = len(stop_token_ids)
+        self._stop_width = max((width for width, rows in enumerate(self._num_rows_with) if width and rows), default=0)
 
     def is_stop(self, rows: Rows, sampled: I32) -> npt.NDArray[np.bool_]:
         """Whether each row's new token ends its request; bool [R]."""

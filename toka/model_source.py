@@ -17,6 +17,7 @@ from toka.gguf_config import to_hf_config
 from toka.gguf_file import GgufFile
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]  # no pickle is ever fetched
+_DUPLICATES = ["consolidated*.safetensors"]  # Mistral's repositories hold the weights a second time under its own names
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -123,13 +124,17 @@ def _fetch_from_hub(repository: str, offline: bool, files: list[str] | None = No
 
     where = f"{flag}={repository}: no such path here, and the hub"
     try:
-        return Path(snapshot_download(repository, allow_patterns=files or _HUB_FILES, local_files_only=offline))
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=files or _HUB_FILES, ignore_patterns=_DUPLICATES, local_files_only=offline
+            )
+        )
     except RepositoryNotFoundError:
         why = f"{where} has no repository of that name (or it is private; log in with `hf auth login`)"
     except LocalEntryNotFoundError:
         why = f"{where} is {'switched off (HF_HUB_OFFLINE)' if offline else 'out of reach'} with no copy in its cache"
     except HfHubHTTPError as error:
-        why = f"{where} answered with status {error.response.status_code}"
+        why = f"{where} answered with status {getattr(error.response, 'status_code', 'unknown')}"
     except Exception as error:  # the hub's client lets errors of whatever HTTP library it uses through
         why = f"{where} could not be read ({_first_line(error)})"
     raise ConfigError(f"{why}; {ANOTHER_MODEL}.")

@@ -53,7 +53,9 @@ def test_every_architecture_has_a_family():
     [
         ({"model_type": "mistral", "sliding_window": 32}, (32,) * 4),
         ({"model_type": "mistral", "sliding_window": None}, (0,) * 4),
+        ({"model_type": "mistral"}, (4096,) * 4),
         ({"model_type": "llama", "sliding_window": 32}, (0,) * 4),
+        ({"model_type": "qwen2", "sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, (0,) * 4),
         ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": False}, (0,) * 4),
         (
             {"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 3},
@@ -109,6 +111,7 @@ def test_the_rope_scaling_flag_replaces_that_of_the_checkpoint_and_keeps_its_the
         ({"rope_parameters": {"rope_type": "linear"}}, ["lacks factor"]),
         ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, ["factor", "above 0", "'-1'"]),
         ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, ["high_freq_factor", "low_freq_factor"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ["full_attention", "differ between layers"]),
         ({"rope_parameters": [1]}, ["rope_parameters", "object"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "'0.5'"]),
         ({"rope_interleaved": True}, ["rope_interleaved"]),

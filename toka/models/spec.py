@@ -185,13 +185,13 @@ def _refuse(fields: _Fields) -> None:
 
 
 def _sliding_windows(fields: _Fields, model_type: str, num_layers: int) -> tuple[int, ...]:
-    if fields.values.get("sliding_window") is None or model_type == "llama":
+    switched_off = "sliding_window" in fields.values and fields.values["sliding_window"] is None
+    if switched_off or model_type == "llama" or (model_type != "mistral" and not fields.flag("use_sliding_window")):
         return (0,) * num_layers
+    window = fields.count("sliding_window", 4096)  # transformers' default where the field is absent, not null
     if model_type == "mistral":
-        return (fields.count("sliding_window"),) * num_layers
-    if not fields.flag("use_sliding_window"):
-        return (0,) * num_layers
-    window, kinds = fields.count("sliding_window"), fields.values.get("layer_types")
+        return (window,) * num_layers
+    kinds = fields.values.get("layer_types")
     if kinds is None:
         first_sliding = fields.values.get("max_window_layers", 28)
         if not isinstance(first_sliding, int):
@@ -210,6 +210,10 @@ def _read_rope(fields: _Fields, override: Mapping[str, Any] | None, head_dim: in
     if not isinstance(stated, Mapping) or not isinstance(scaling, Mapping):
         fields.fail("rope_parameters" if stated else "rope_scaling", "must be an object")
     chosen = {key: value for key, value in (scaling or stated).items() if value is not None}
+    if nested := [key for key, value in chosen.items() if isinstance(value, Mapping)]:
+        raise ConfigError(
+            f"The model's rope parameters differ between layers ({', '.join(nested)}), which is not supported."
+        )
     theta = chosen.get("rope_theta", stated.get("rope_theta", fields.values.get("rope_theta")))
     chosen |= {
         "rope_theta": 10_000.0 if theta is None else theta,
@@ -227,8 +231,10 @@ def _read_rope(fields: _Fields, override: Mapping[str, Any] | None, head_dim: in
 
 def _rope_of_type(kind: RopeType, rope: _Fields, fields: _Fields, head_dim: int) -> RopeSpec:
     max_positions = fields.count("max_position_embeddings", 2048)
-    stated = fields.values.get("original_max_position_embeddings")
-    original = rope.count("original_max_position_embeddings", stated or max_positions)
+    outer = (
+        fields if fields.values.get("original_max_position_embeddings") is not None else rope
+    )  # as transformers has it
+    original = outer.count("original_max_position_embeddings", max_positions)
     theta = rope.positive("rope_theta")
     if kind == "default":
         return RopeSpec(type=kind, theta=theta, original_context_tokens=max_positions)

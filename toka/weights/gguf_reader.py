@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as GgmlType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from toka.errors import ConfigError
@@ -31,6 +32,7 @@ _DTYPES: dict[GgmlType, torch.dtype] = {
     GgmlType.Q5_K: torch.float32,
     GgmlType.Q6_K: torch.float32,
 }
+_GROUP_NUM_ELEMENTS = 1 << 16  # dequantised at once
 _GLOBAL_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -122,4 +124,16 @@ def _to_tensor(raw: npt.NDArray[np.uint8], kind: GgmlType) -> Tensor:
     raw = np.ascontiguousarray(raw)
     if kind in (GgmlType.F32, GgmlType.F16, GgmlType.BF16):
         return torch.from_numpy(raw).view(_DTYPES[kind])
-    return torch.from_numpy(dequantize(raw, kind))
+    return torch.from_numpy(_dequantised(raw, kind))
+
+
+def _dequantised(raw: npt.NDArray[np.uint8], kind: GgmlType) -> npt.NDArray[np.float32]:
+    """The same as the library's `dequantize`, which does 16 rows at a time: at a group of blocks that fills the cache, half the time."""
+    block_size, block_num_bytes = GGML_QUANT_SIZES[kind]
+    blocks = raw.reshape(-1, block_num_bytes)
+    values = np.empty((len(blocks), block_size), np.float32)
+    dequantize_blocks = getattr(quants, kind.name).dequantize_blocks
+    step = _GROUP_NUM_ELEMENTS // block_size
+    for start in range(0, len(blocks), step):
+        values[start : start + step] = dequantize_blocks(blocks[start : start + step])
+    return values

@@ -33,10 +33,12 @@ class _WithParametersAsInputs(nn.Module):
     def __init__(self, region: Region):
         super().__init__()
         self._names = region.parameter_names()
-        object.__setattr__(self, "_body", region.module)  # not a submodule: its own parameters must stay outside
+        self._body = [region.module]  # in a list, so that it is no submodule: its own parameters must stay outside
 
     def forward(self, parameters: list[torch.Tensor], inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        outputs = torch.func.functional_call(self._body, dict(zip(self._names, parameters, strict=True)), tuple(inputs))
+        outputs = torch.func.functional_call(
+            self._body[0], dict(zip(self._names, parameters, strict=True)), tuple(inputs)
+        )
         return tuple(outputs)
 
 

@@ -19,7 +19,7 @@ from toka.text.generated_text import GeneratedText
 from toka.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from toka.scheduler.scheduler import TokenOutputs
+    from toka.scheduler.outputs import TokenOutputs
 
 Prompt = str | Sequence[int]
 
@@ -88,7 +88,7 @@ class LLM:
 
         params: one for all, or one each. Raises RequestError for a prompt or setting that cannot be; then nothing runs on.
         """
-        all_prompts = [prompts] if isinstance(prompts, str) or _is_token_prompt(prompts) else list(prompts)
+        all_prompts = _as_list(prompts)
         all_params = (
             [params or SamplingParams()] * len(all_prompts) if not isinstance(params, Sequence) else list(params)
         )
@@ -112,7 +112,7 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate the assistant's next message in one conversation (a list of messages) or several."""
-        several = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
+        several: Any = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
         template = self.tokenizer.chat_template
         if template is None:
             raise ConfigError(f"{self.model_name} has no chat template; use generate()")
@@ -122,8 +122,10 @@ class LLM:
         )
 
 
-def _is_token_prompt(prompts: Any) -> bool:
-    return len(prompts) > 0 and not isinstance(prompts[0], str | Sequence)
+def _as_list(prompts: Any) -> list[Prompt]:
+    """One prompt or many as a list of prompts; a sequence of ints is one prompt."""
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], str | Sequence))
+    return [prompts] if is_one else list(prompts)
 
 
 class _Run:

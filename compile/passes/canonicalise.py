@@ -28,5 +28,6 @@ def run(program: ExportedProgram, context: PassContext) -> ExportedProgram:
 def _takes_everything(node: Node) -> bool:
     if node.target is not torch.ops.aten.slice.Tensor or node.kwargs:
         return False
-    _, _, start, end, step = (*node.args, *(None, 0, None, sys.maxsize, 1)[len(node.args) :])
-    return start in (None, 0) and end == sys.maxsize and step == 1
+    given: list[object] = list(node.args[2:])
+    start, end, step = given + [None, sys.maxsize, 1][len(given) :]
+    return bool(start in (None, 0) and end == sys.maxsize and step == 1)

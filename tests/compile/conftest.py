@@ -41,7 +41,8 @@ def block_region(module: nn.Module | None = None) -> Region:
 @pytest.fixture
 def graph() -> StepGraph:
     calls = tuple(
-        Call("block", (f"weight.{layer}",), ("x", f"key.{layer}", f"value.{layer}", "slots"), ("x",)) for layer in range(2)
+        Call("block", (f"weight.{layer}",), ("x", f"key.{layer}", f"value.{layer}", "slots"), ("x",))
+        for layer in range(2)
     )
     return StepGraph((block_region(),), calls, ("x", "slots", "key.0", "value.0", "key.1", "value.1"), ("x",))
 

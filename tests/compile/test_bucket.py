@@ -23,7 +23,7 @@ def test_alignment() -> None:
 
 
 def test_too_large() -> None:
-    with pytest.raises(ValueError, match="513.*512"):
+    with pytest.raises(ValueError, match=r"513.*512"):
         bucket_of(513, ladder(512))
 
 

@@ -46,7 +46,9 @@ def test_one_region_serves_all_layers_at_every_size(graph: StepGraph, options: C
     assert model.compiles_after_freeze == 0
 
 
-def test_a_second_build_compiles_nothing(graph: StepGraph, options: CompileOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_build_compiles_nothing(
+    graph: StepGraph, options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [built.cached for built in CompiledModel(graph, options).build()] == [False]
     monkeypatch.setattr(lower, "compile_to_file", lambda *args: pytest.fail("compiled again"))
     assert [built.cached for built in CompiledModel(graph, options).build()] == [True]

@@ -67,7 +67,12 @@ def test_a_graph_must_fit_together(graph: StepGraph) -> None:
     region = graph.regions[0]
     good = graph.calls[0]
     with pytest.raises(ValueError, match=r"reads nothing_wrote before"):
-        StepGraph((region,), (Call("block", good.parameters, ("nothing_wrote", *good.inputs[1:]), ("x",)),), graph.inputs, ("x",))
+        StepGraph(
+            (region,),
+            (Call("block", good.parameters, ("nothing_wrote", *good.inputs[1:]), ("x",)),),
+            graph.inputs,
+            ("x",),
+        )
     with pytest.raises(ValueError, match="number of parameters"):
         StepGraph((region,), (Call("block", (), good.inputs, ("x",)),), graph.inputs, ("x",))
     with pytest.raises(ValueError, match="nothing writes the output y"):

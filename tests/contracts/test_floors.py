@@ -109,7 +109,10 @@ def test_the_api_process_never_loads_torch() -> None:
 
 def test_only_config_reads_the_environment() -> None:
     readers = {
-        room for room, files in rooms().items() for path in files if "os.environ" in path.read_text() or "os.getenv" in path.read_text()
+        room
+        for room, files in rooms().items()
+        for path in files
+        if "os.environ" in path.read_text() or "os.getenv" in path.read_text()
     }
     assert readers <= {"config"}
 

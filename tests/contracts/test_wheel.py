@@ -12,11 +12,24 @@ MAPPED = {"compile": "toka/compile", "kernels": "toka/kernels", "warmup": "toka/
 
 
 def test_the_wheel_is_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     packed = set(zipfile.ZipFile(next(tmp_path.glob("toka-*.whl"))).namelist())
-    tracked = subprocess.run(["git", "ls-files", *MAPPED], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", *MAPPED], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     expected = {f"{MAPPED[folder]}/{rest}" for folder, _, rest in (name.partition("/") for name in tracked)}
     assert expected
     assert expected <= packed, sorted(expected - packed)

@@ -136,7 +136,9 @@ def _make_tiny(family: str, directory: Path) -> tuple[Path, Reference]:
         else:
             parameter.data.normal_(0.0, 0.15)
     model.save_pretrained(directory)
-    vocabulary = {char: place for place, char in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        char: place for place, char in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

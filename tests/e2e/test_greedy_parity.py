@@ -51,7 +51,9 @@ def test_tiny_checkpoints(tiny_checkpoint: Callable[[str], tuple[Path, object]],
     directory, reference = tiny_checkpoint(family)
     prompts = [[(7 * i + 3 * j) % 250 + 2 for j in range(5 + 13 * i)] for i in range(6)]
     params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
-    with LLM(str(directory), kv_cache_num_tokens=512, max_tokens_per_forward=64, max_seqs_per_forward=8, quiet=True) as llm:
+    with LLM(
+        str(directory), kv_cache_num_tokens=512, max_tokens_per_forward=64, max_seqs_per_forward=8, quiet=True
+    ) as llm:
         for what in ("first", "cached"):
             for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
                 reference.assert_greedy(prompt, output.completions[0].token_ids, f"{family} {what}")
@@ -61,6 +63,10 @@ def test_tiny_checkpoints(tiny_checkpoint: Callable[[str], tuple[Path, object]],
 def test_eager_runs_the_same_graph(tiny_checkpoint: Callable[[str], tuple[Path, object]]) -> None:
     directory, reference = tiny_checkpoint("llama3")
     prompt = list(range(10, 60))
-    with LLM(str(directory), torch_compile=False, kv_cache_num_tokens=512, max_tokens_per_forward=64, quiet=True) as llm:
-        output = llm.generate(prompt, SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True), use_tqdm=False)[0]
+    with LLM(
+        str(directory), torch_compile=False, kv_cache_num_tokens=512, max_tokens_per_forward=64, quiet=True
+    ) as llm:
+        output = llm.generate(prompt, SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True), use_tqdm=False)[
+            0
+        ]
     reference.assert_greedy(prompt, output.completions[0].token_ids, "eager")

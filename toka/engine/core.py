@@ -13,7 +13,8 @@ import msgspec
 from toka.compile.compiled_model import CompiledModel
 from toka.engine.executor import Executor
 from toka.messages import EngineStats, Submit
-from toka.scheduler.scheduler import Scheduler, TokenOutputs
+from toka.scheduler.outputs import TokenOutputs
+from toka.scheduler.scheduler import Scheduler
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ CXX names the C++ compiler, HF_HUB_OFFLINE=1 forbids the hub.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import shutil
@@ -17,6 +18,8 @@ from typing import Any, Literal
 from toka.errors import ConfigError
 
 DEFAULT_PORT = 10210
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -44,12 +47,12 @@ class Config:
         None, "replaces the checkpoint's rope scaling, e.g. {'rope_type':'linear','factor':2.0}"
     )
     # device and layout
-    device: str = flag("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "where the model runs; this version: cpu", choices=("auto", "cpu", "cuda"))
     num_threads: int | None = flag(None, "threads of the CPU kernels; None: the cores this process may use", "threads")
-    dp_size: int = flag(1, "replicas of the model", "replicas")
-    pp_size: int = flag(1, "pipeline stages", "ranks")
-    tp_size: int = flag(1, "tensor-parallel ranks", "ranks")
-    async_tp_threshold: int | None = flag(None, "overlap tensor-parallel collectives from this batch size on", "tokens")
+    dp_size: int = flag(1, "replicas of the model; this version runs 1", "replicas")
+    pp_size: int = flag(1, "pipeline stages; this version runs 1", "ranks")
+    tp_size: int = flag(1, "tensor-parallel ranks; this version runs 1", "ranks")
+    async_tp_threshold: int | None = flag(None, "overlap tensor-parallel collectives from this batch size on; not built yet", "tokens")
     # KV cache
     kv_cache_num_tokens: int | None = flag(
         None,
@@ -73,10 +76,10 @@ class Config:
         None, "prompt and output of one request; None: the model's context", "tokens"
     )
     scheduling_steps_ahead: int = flag(1, "steps planned while one runs", "steps")
-    track_early_stopping: bool = flag(False, "predict output lengths from those seen")
-    use_hydragen: bool = flag(False, "compute attention over shared prefixes once per group")
-    hydragen_min_group_size: int = flag(32, "smallest group that shares a prefix's attention", "requests")
-    hydragen_min_prefix_len: int = flag(256, "shortest prefix whose attention is shared", "tokens")
+    track_early_stopping: bool = flag(False, "predict output lengths from those seen; not built yet")
+    use_hydragen: bool = flag(False, "compute attention over shared prefixes once per group; not built yet")
+    hydragen_min_group_size: int = flag(32, "with use_hydragen: smallest group that shares a prefix's attention", "requests")
+    hydragen_min_prefix_len: int = flag(256, "with use_hydragen: shortest prefix whose attention is shared", "tokens")
     stop_string_num_token_lookback: int = flag(
         5, "has no effect: stop strings are found across any number of tokens", "tokens"
     )
@@ -85,8 +88,8 @@ class Config:
         True, "compile the model; F runs the traced graph eagerly, for debugging or without a C++ compiler"
     )
     use_cudagraphs: bool | None = flag(None, "capture every bucket as a CUDA graph; None: on CUDA yes")
-    cudagraph_max_size: int = flag(512, "largest decode batch captured", "requests")
-    cudagraph_step: int = flag(16, "distance of the captured decode batches", "requests")
+    cudagraph_max_size: int = flag(512, "CUDA only: largest decode batch captured", "requests")
+    cudagraph_step: int = flag(16, "CUDA only: distance of the captured decode batches", "requests")
     # server
     host: str = flag("127.0.0.1", "address to listen on")
     port: int = flag(DEFAULT_PORT, "TCP port to listen on")
@@ -136,6 +139,8 @@ class Config:
                 "trust_remote_code=T: toka never runs code that comes with a checkpoint; leave the flag out"
             )
         self._refuse_what_is_not_built()
+        if self.stop_string_num_token_lookback != 5:
+            log.warning("stop_string_num_token_lookback has no effect: stop strings are found across any number of tokens")
         return self
 
     def _refuse_what_is_not_built(self) -> None:

@@ -42,11 +42,7 @@ def test_tokens_and_blocks_are_appended_per_row(table: RequestTable) -> None:
     assert table.token_room[:2].tolist() == [4, 8]
 
 
-def test_full_blocks_are_both_known_and_computed(table: RequestTable) -> None:
-    rows = np.arange(3)
-    table.num_tokens[:3] = (8, 9, 7)
-    table.num_computed_tokens[:3] = (7, 8, 8)
-    assert table.num_full_blocks(rows).tolist() == [1, 2, 1]
+def test_block_contents_are_the_token_ids_of_whole_blocks(table: RequestTable) -> None:
     table.tokens[1, :8] = np.arange(8)
     contents = table.block_contents(np.array([1, 1]), np.array([1, 0], dtype=np.int32))
     assert np.frombuffer(contents, dtype=np.int32).tolist() == [4, 5, 6, 7, 0, 1, 2, 3]

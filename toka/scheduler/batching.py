@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,12 +70,22 @@ class Chunk:
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
+class Filled(NamedTuple):
+    """Rows intp [F] that begin a new block in a step, so that their block number places[i] (int32 [F]) is full after it."""
+
+    rows: Rows
+    places: I32
+
+
+NONE_FILLED = Filled(np.empty(0, dtype=np.intp), np.empty(0, dtype=np.int32))
+
+
+@dataclass(slots=True)
 class StepInFlight:
     """What commit must know of a plan that was handed out. Arrays over the D rows that draw a token, in plan order.
 
     drawn: their places among the plan's rows, None = all of them. epoch: that of the table when planned.
-    filled: rows that began a new block in this step, so that their block before is full once the step is committed.
+    filled: the blocks that are full once it is committed.
     """
 
     step: int
@@ -85,4 +96,4 @@ class StepInFlight:
     num_cached_tokens: I32
     generations: I32
     epoch: int
-    filled: Rows
+    filled: Filled

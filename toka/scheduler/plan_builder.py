@@ -6,13 +6,12 @@ import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
 from toka.plan import I32, I64, BatchPlan, BlockTableChanges, RowSettings
-from toka.scheduler.batching import Chunk, DecodeSet, StepInFlight
+from toka.scheduler.batching import Chunk, DecodeSet, Filled, StepInFlight
 from toka.scheduler.request import Request
-from toka.scheduler.request_table import RequestTable, Rows
+from toka.scheduler.request_table import RequestTable
 
 _NO_I32 = np.empty(0, dtype=np.int32)
 _NO_F32 = np.empty(0, dtype=np.float32)
-NO_ROWS: Rows = np.empty(0, dtype=np.intp)
 NO_TABLE_CHANGES = BlockTableChanges(rows=_NO_I32, columns=_NO_I32, blocks=_NO_I32)
 NO_SETTINGS = RowSettings(
     rows=_NO_I32,
@@ -27,7 +26,7 @@ NO_SETTINGS = RowSettings(
 
 
 def build_decode_plan(
-    step: int, decodes: DecodeSet, seq_lens: I32, changes: BlockTableChanges, filled: Rows, epoch: int
+    step: int, decodes: DecodeSet, seq_lens: I32, changes: BlockTableChanges, filled: Filled, epoch: int
 ) -> tuple[BatchPlan, StepInFlight]:
     """A step of decode rows alone: the arrays of the set as they are, plus seq_lens int32 [R]."""
     plan = BatchPlan(
@@ -61,7 +60,7 @@ def build_mixed_plan(
     chunks: list[Chunk],
     changes: BlockTableChanges,
     settings: RowSettings,
-    filled: Rows,
+    filled: Filled,
     table: RequestTable,
 ) -> tuple[BatchPlan, StepInFlight]:
     """A step with prompt chunks after the decode rows (of which there may be none)."""

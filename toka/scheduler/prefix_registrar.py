@@ -25,7 +25,8 @@ class PrefixRegistrar:
     def __init__(self, table: RequestTable, index: PrefixIndex, *, enabled: bool):
         self._table, self._index, self._enabled = table, index, enabled
         self._chains: list[KeyChain | None] = [None] * len(table.request_id)
-        self._filled: deque[int] = deque()  # rows that filled a block in a committed step, not offered yet
+        # (row, number of its block, its chain) of blocks filled by committed steps and not offered yet
+        self._filled: deque[tuple[int, int, KeyChain]] = deque()
 
     def take_row(self, row: int, chain: KeyChain, num_shared_blocks: int) -> None:
         """The row has a new owner whose first blocks come from the index."""
@@ -49,37 +50,41 @@ class PrefixRegistrar:
             self._index.register(chain.keys_of(start, stop), table.blocks[row, start:stop])
             table.num_registered_blocks[row] = stop
 
-    def offer_filled(self, filled: Rows, num_rows: int) -> None:
-        """After a step of num_rows rows, of which these filled a block: offer some, a little more than fill on average.
+    def offer_filled(self, filled: Rows, places: I32, num_rows: int) -> None:
+        """A step of num_rows rows is committed that filled block number places[i] of filled[i]: offer some filled blocks, a
+        little more than fill on average.
 
         Hashing them all at once would make slow the steps in which many rows fill a block together.
         """
         if not self._enabled:
             return
-        queue, table = self._filled, self._table
-        queue.extend(filled.tolist())
-        count = min(len(queue), 1 + num_rows // table.block_size)
-        if not count:
-            return
-        taken = dict.fromkeys(queue.popleft() for _ in range(count))
-        rows = np.array([row for row in taken if self._chains[row] is not None], dtype=np.intp)
-        places = table.num_registered_blocks[rows]
-        num_new = table.num_full_blocks(rows) - places
-        for row in rows[num_new > 1].tolist():
-            self.offer(row)
-        single = num_new == 1
-        self._offer_one_each(rows[single], places[single])
+        for row, place in zip(filled.tolist(), places.tolist(), strict=True):
+            self._filled.append((row, place, self._chain(row)))
+        count = min(len(self._filled), 1 + num_rows // self._table.block_size)
+        if count:
+            self._offer_oldest(count)
 
-    def _offer_one_each(self, rows: Rows, places: I32) -> None:
-        """Offer block number places[i] of each of these distinct rows."""
+    def _offer_oldest(self, count: int) -> None:
+        """Offer the first `count` blocks of the queue. What a row gave up meanwhile it offered then: it has another chain now,
+        or that chain was extended already."""
+        due: list[tuple[int, int, KeyChain]] = []
+        for _ in range(count):
+            row, place, chain = self._filled.popleft()
+            if self._chains[row] is chain and chain.num_blocks <= place:
+                due.append((row, place, chain))
+        if not due:
+            return
         table, block_bytes = self._table, 4 * self._table.block_size
+        rows = np.array([row for row, _, _ in due], dtype=np.intp)
+        places = np.array([place for _, place, _ in due], dtype=np.int32)
         contents = table.block_contents(rows, places)
         keys: list[bytes] = []
-        for i, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
-            chain = self._chain(row)
+        start = 0
+        for row, place, chain in due:
             if chain.num_blocks != place:
-                raise InvariantError(f"row {row} is to register block {place} and has {chain.num_blocks} keys")
-            keys.append(chain.append(contents[i * block_bytes : (i + 1) * block_bytes]))
+                raise InvariantError(f"row {row} offers block {place} after {chain.num_blocks} blocks")
+            keys.append(chain.append(contents[start : start + block_bytes]))
+            start += block_bytes
         self._index.register(keys, table.blocks[rows, places])
         table.num_registered_blocks[rows] = places + np.int32(1)
 

@@ -96,9 +96,9 @@ class RequestTable:
 
     def is_stop(self, rows: Rows, sampled: I32) -> npt.NDArray[np.bool_]:
         """Whether each row's new token ends its request; bool [R]."""
-        hit = np.zeros(len(rows), dtype=np.bool_)
-        for ids in self.stop_ids[: self._stop_width]:
-            hit |= ids.take(rows) == sampled
+        hit: npt.NDArray[np.bool_] = self.stop_ids[0].take(rows) == sampled
+        for place in range(1, self._stop_width):
+            hit |= self.stop_ids[place].take(rows) == sampled
         return hit
 
     def num_blocks(self, row: int) -> int:
@@ -112,11 +112,6 @@ class RequestTable:
     def tokens_of(self, row: int) -> I32:
         """View of the row's token ids that the host knows; int32 [num_tokens]."""
         return self.tokens[row, : self.num_tokens[row]]
-
-    def num_full_blocks(self, rows: Rows) -> I32:
-        """Blocks of each row whose tokens are all known to the host and computed by plans made so far; int32 [R]."""
-        full: I32 = np.minimum(self.num_computed_tokens[rows], self.num_tokens[rows]) // np.int32(self.block_size)
-        return full
 
     def block_contents(self, rows: Rows, places: I32) -> bytes:
         """Token ids of block number places[i] of rows[i], one after another; int32 bytes."""

@@ -27,12 +27,11 @@ from toka.errors import InvariantError, RequestError
 from toka.messages import EngineStats, FinishReason, Submit
 from toka.plan import I32, BatchPlan, BlockTableChanges, StepResult
 from toka.scheduler.admission import AdmissionPolicy, AdmitWhenFree, Load
-from toka.scheduler.batching import Chunk, DecodeSet, StepInFlight
+from toka.scheduler.batching import NONE_FILLED, Chunk, DecodeSet, Filled, StepInFlight
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.outputs import TokenOutputs
 from toka.scheduler.plan_builder import (
-    NO_ROWS,
     build_decode_plan,
     build_mixed_plan,
     merge_table_changes,
@@ -57,11 +56,11 @@ class _Blocked:
 
 
 class _DecodeStep(NamedTuple):
-    """The decode rows of the step being planned, their seq_lens int32 [R], and those of them that begin a block in it."""
+    """The decode rows of the step being planned, their seq_lens int32 [R], and the blocks that they fill."""
 
     decodes: DecodeSet
     seq_lens: I32
-    filled: Rows
+    filled: Filled
 
 
 class Scheduler:
@@ -84,7 +83,7 @@ class Scheduler:
         self._states: dict[int, Live] = {}  # by request id; what is over is not in it
         self._waiting = WaitingQueue()
         self._prefilling: list[tuple[tuple[int, int], int]] = []  # (rank, row), in rank order
-        self._decodes = DecodeSet(NO_ROWS, self._table)
+        self._decodes = DecodeSet(np.empty(0, dtype=np.intp), self._table)
         self._draining: deque[int] = deque()  # rows in the order of the last steps that touch them
         self._owners: list[Running | Draining | None] = [None] * config.max_rows
         self._in_flight: deque[StepInFlight] = deque()
@@ -158,10 +157,11 @@ class Scheduler:
             decodes = self._decodes_with_blocks()
             seq_lens, needy = self._next_seq_lens(decodes)
             num_needy = int(np.count_nonzero(needy))
-        filled = NO_ROWS
+        filled = NONE_FILLED
         if num_needy:
-            filled, blocks = decodes.rows[needy], self._pool.take(num_needy)
-            columns = self._table.append_blocks(filled, blocks)
+            rows, blocks = decodes.rows[needy], self._pool.take(num_needy)
+            columns = self._table.append_blocks(rows, blocks)
+            filled = Filled(rows, columns - np.int32(1))
             changes.append(BlockTableChanges(rows=decodes.rows_i32[needy], columns=columns, blocks=blocks))
         self._table.num_computed_tokens[decodes.rows] = seq_lens
         return _DecodeStep(decodes, seq_lens, filled)
@@ -336,7 +336,7 @@ class Scheduler:
         if np.count_nonzero(stops):
             finish[stops] = FinishReason.STOP
             self._stop(rows[stops].tolist())
-        self._registrar.offer_filled(step.filled, step.num_rows)
+        self._registrar.offer_filled(*step.filled, step.num_rows)
         self._settle()
         return TokenOutputs(request_ids, sampled, finish, cached)
 

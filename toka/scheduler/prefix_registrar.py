@@ -65,12 +65,11 @@ class PrefixRegistrar:
             self._offer_oldest(count)
 
     def _offer_oldest(self, count: int) -> None:
-        """Offer the first `count` blocks of the queue. What a row gave up meanwhile it offered then: it has another chain now,
-        or that chain was extended already."""
+        """Offer the first `count` blocks of the queue. What a row gave up meanwhile it offered then: the chain knows it."""
         due: list[tuple[int, int, KeyChain]] = []
         for _ in range(count):
             row, place, chain = self._filled.popleft()
-            if self._chains[row] is chain and chain.num_blocks <= place:
+            if chain.num_blocks <= place:
                 due.append((row, place, chain))
         if not due:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import shutil
 import socket
 import tempfile
@@ -93,6 +94,12 @@ class RunningServer:
 
     def get(self, path: str, **kwargs: object) -> httpx.Response:
         return httpx.get(self.url + path, timeout=20, **kwargs)
+
+    def status_with_authorization(self, path: str, authorization: str) -> int:
+        """Status of a GET with that header, word for word (httpx would refuse to send some)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request("GET", path, headers={"authorization": authorization})
+        return connection.getresponse().status
 
     @staticmethod
     def wait(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:

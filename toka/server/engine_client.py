@@ -7,7 +7,6 @@ engine says is taken in `_receive`: a step's arrays are spread over the samples 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import secrets
@@ -52,7 +51,7 @@ class EngineClient:
 
     def __init__(self, address_in: str, address_out: str):
         self._context = zmq.asyncio.Context()
-        self._down = zmq.Socket(self._context, zmq.PUSH)
+        self._down = self._context.socket(zmq.PUSH)
         self._up = self._context.socket(zmq.PULL)
         for socket, address in ((self._down, address_in), (self._up, address_out)):
             socket.set_hwm(0)  # admission bounds what is under way; a queue that drops would lose requests
@@ -176,9 +175,9 @@ class EngineClient:
             raise self.dead
 
     def _send(self, message: ToEngine) -> None:
-        """Queue the message; ZeroMQ sends it in its own thread. With no engine there it is dropped: `died` follows then."""
-        with contextlib.suppress(zmq.Again):
-            self._down.send(encode(message), zmq.NOBLOCK)
+        """Queue the message. It need not be awaited: the socket sends in order, as soon as the engine is connected."""
+        if self.dead is None:
+            self._down.send(encode(message))
 
     def _forget(self, request_ids: Iterable[int]) -> None:
         for request_id in request_ids:

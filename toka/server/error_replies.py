@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import msgspec
@@ -12,11 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from toka.errors import CapacityError, EngineDeadError, RequestError
+from toka.errors import CapacityError, EngineDeadError, RequestError, TokaError
 from toka.server.engine_client import RETRY_AFTER_S
+from toka.server.generation import SampleFailedError
 from toka.server.schemas import ErrorDetail, ErrorReply
-
-logger = logging.getLogger("toka.server")
 
 _TYPES = {
     401: "authentication_error",
@@ -34,6 +32,8 @@ def error_detail(error: Exception) -> tuple[int, ErrorDetail, dict[str, str]]:
         return _reply(error.status, error.message, error.param, error.code, retry_after_s=None)
     if isinstance(error, CapacityError):
         return _reply(error.status, error.message, None, "overloaded", retry_after_s=error.retry_after_s)
+    if isinstance(error, SampleFailedError):
+        return _reply(500, str(error), None, "sample_failed", retry_after_s=None)
     if isinstance(error, EngineDeadError):
         return _reply(503, str(error), None, "engine_dead", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, HTTPException):
@@ -75,6 +75,6 @@ async def _nobody_listens(_request: Request, _error: Exception) -> Response:
 
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of an endpoint in OpenAI's form, FastAPI's and Starlette's own included."""
-    for kind in (RequestError, CapacityError, EngineDeadError, HTTPException, RequestValidationError):
+    for kind in (TokaError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, reply_to_error)
     app.add_exception_handler(ClientDisconnect, _nobody_listens)

@@ -1,9 +1,8 @@
-"""The outermost layer of the application: request ids, the API key, and a 500 for whatever went wrong inside (plain ASGI)."""
+"""The outermost layer of the application: request ids and the API key (plain ASGI)."""
 
 from __future__ import annotations
 
 import hmac
-import logging
 import re
 import uuid
 
@@ -12,8 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from toka.errors import RequestError
 from toka.server.error_replies import error_body, error_detail
-
-logger = logging.getLogger("toka.server")
 
 OPEN_PATHS = ("/health", "/ready")  # load balancers and kubelets have no key
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
@@ -36,12 +33,9 @@ class Guard:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = (given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex).encode()
-        started = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 
@@ -49,13 +43,7 @@ class Guard:
             wrong = RequestError("The API key is missing or wrong.", status=401, code="invalid_api_key")
             await _send_error(send_with_id, wrong)
             return
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception as error:
-            logger.exception("%s %s failed (x-request-id %s)", scope["method"], scope["path"], request_id.decode())
-            if started:
-                raise
-            await _send_error(send_with_id, error)
+        await self._app(scope, receive, send_with_id)
 
     def _has_key(self, authorization: str) -> bool:
         if self._api_key is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
@@ -16,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 from toka.errors import TokaError
 from toka.server.error_replies import error_body, error_detail
 from toka.server.generation import Generation, TokenEvent
+
+logger = logging.getLogger("toka.server")
 
 DONE = b"data: [DONE]\n\n"
 _FULL_SOCKET_GRACE_S = 2.0  # for the error chunk of a failed generation to leave, if the client reads at all
@@ -133,7 +136,7 @@ class EventStream(Response):
             if sender.done():
                 await sender
             elif watchers[1].done():
-                raise ConnectionAbortedError("a client that does not read its stream was cut off")
+                logger.warning("A client that does not read its stream is cut off.")  # by returning without an end
         finally:
             self._on_end()
             for task in (sender, *watchers):

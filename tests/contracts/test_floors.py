@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 # Package or module below `toka` → floor. A module may import modules of lower floors, and its own package.
 FLOORS = {
+    "__main__": 10,
     "cli": 9,
+    "client": 8,
     "server": 8,
     "llm": 8,
     "engine": 7,

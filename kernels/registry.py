@@ -46,7 +46,8 @@ class Implementation:
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        return getattr(getattr(torch.ops, self.namespace), self.op).default
+        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, self.namespace), self.op).default
+        return overload
 
     def refusal(self, device: str, dtype: torch.dtype, head_dim: int | None, traits: Collection[Trait]) -> str | None:
         """Why it can't serve, in words; None if it can."""

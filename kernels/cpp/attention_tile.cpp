@@ -51,13 +51,6 @@ void softmax_tile(float* scores, const int32_t* first_seen, const int32_t* end_s
   }
 }
 
-void accumulate_tile(const float* weights, const float* const* values, int from, int to, int64_t begin, int64_t end,
-                     SoftmaxState state, int64_t padded_dim) {
-  for_row_blocks(begin, end, [&](int64_t row, auto rows) {
-    value_rows<rows()>(weights + row * kTile, values, from, to, state.values + row * padded_dim, padded_dim);
-  });
-}
-
 void merge_split(SoftmaxState split, SoftmaxState total, int64_t num_rows, int64_t padded_dim) {
   for (int64_t r = 0; r < num_rows; ++r) {
     if (split.sum[r] == 0.0f) continue;  // this row sees nothing of the split

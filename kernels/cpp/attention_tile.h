@@ -94,8 +94,8 @@ inline void score_block(const float* query, const float* keys, int64_t head_dim,
   }
 }
 
-template <int Rows, int Columns>
-inline void value_block(const float* weights, const float* const* values, int begin, int end, int64_t d, float* out,
+template <int Rows, int Columns, typename T>
+inline void value_block(const float* weights, const T* const* values, int begin, int end, int64_t d, float* out,
                         int64_t padded_dim) {
   vfloat sum[Rows][Columns];
   for (int r = 0; r < Rows; ++r) {
@@ -114,8 +114,8 @@ inline void value_block(const float* weights, const float* const* values, int be
   }
 }
 
-template <int Rows>
-inline void value_rows(const float* weights, const float* const* values, int begin, int end, float* out,
+template <int Rows, typename T>
+inline void value_rows(const float* weights, const T* const* values, int begin, int end, float* out,
                        int64_t padded_dim) {
   int64_t d = 0;
   for (; d + kColumnBlock * kLanes <= padded_dim; d += kColumnBlock * kLanes) {
@@ -151,9 +151,14 @@ void score_tile(const float* query, const float* keys, int64_t head_dim, int64_t
 void softmax_tile(float* scores, const int32_t* first_seen, const int32_t* end_seen, int64_t begin, int64_t end,
                   SoftmaxState state, int64_t padded_dim, float* old_scale);
 
-// state.values[begin:end] += weights[:, from:to] . values[from:to].
-void accumulate_tile(const float* weights, const float* const* values, int from, int to, int64_t begin, int64_t end,
-                     SoftmaxState state, int64_t padded_dim);
+// state.values[begin:end] += weights[:, from:to] . values[from:to]; each value row is padded_dim long.
+template <typename T>
+void accumulate_tile(const float* weights, const T* const* values, int from, int to, int64_t begin, int64_t end,
+                     SoftmaxState state, int64_t padded_dim) {
+  for_row_blocks(begin, end, [&](int64_t row, auto rows) {
+    value_rows<rows()>(weights + row * kTile, values, from, to, state.values + row * padded_dim, padded_dim);
+  });
+}
 
 // Adds a finished split to the total; splits must come in ascending order of position.
 void merge_split(SoftmaxState split, SoftmaxState total, int64_t num_rows, int64_t padded_dim);

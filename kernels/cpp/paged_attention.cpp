@@ -40,10 +40,11 @@ struct Task {
   int32_t split;  // relative to the unit's first; -1 = the whole unit
 };
 
-// Everything that one call of the operator reads and writes.
-template <typename Q, typename T>
+// Everything that one call of the operator reads and writes; T stores the cache.
+template <typename T>
 struct Problem {
-  View<Q> query, out;
+  View<void> query, out;
+  ScalarType query_dtype;
   View<T> key_cache, value_cache;
   View<const int32_t> block_table, rows, query_start, seq_lens;
   float scale;
@@ -102,10 +103,10 @@ float* workspace(int64_t num_floats) {
   return memory.get();
 }
 
-template <typename Q, typename T>
+template <typename T>
 class Attention {
  public:
-  explicit Attention(const Problem<Q, T>& problem) : p_(problem) {}
+  explicit Attention(const Problem<T>& problem) : p_(problem) {}
 
   void run() {
     const int64_t cost = plan_units();
@@ -267,25 +268,27 @@ class Attention {
 
   // Query rows in the order token, head: the rows that a tile concerns are then a range.
   void load_query(const Unit& unit, Scratch& scratch) const {
-    float* to = scratch.query;
-    for (int64_t t = 0; t < unit.num_tokens; ++t) {
-      for (int64_t g = 0; g < p_.group(); ++g) {
-        const Q* from = p_.query.at(unit.first_token + t, unit.kv_head * p_.group() + g);
+    with_float_type(p_.query_dtype, "query", [&](auto zero) {
+      const auto query = p_.query.template as<decltype(zero)>();
+      float* to = scratch.query;
+      for (int64_t r = 0; r < unit.num_tokens * p_.group(); ++r) {
+        const auto* from = query.at(unit.first_token + r / p_.group(), unit.kv_head * p_.group() + r % p_.group());
         for (int64_t d = 0; d < p_.head_dim(); ++d) *to++ = static_cast<float>(from[d]) * p_.scale;
       }
-    }
+    });
   }
 
   void store_out(const Unit& unit, SoftmaxState state) const {
-    for (int64_t t = 0; t < unit.num_tokens; ++t) {
-      for (int64_t g = 0; g < p_.group(); ++g) {
-        const int64_t r = t * p_.group() + g;
+    with_float_type(p_.query_dtype, "query", [&](auto zero) {
+      using Q = decltype(zero);
+      const auto out = p_.out.template as<Q>();
+      for (int64_t r = 0; r < unit.num_tokens * p_.group(); ++r) {
         const float scale = 1.0f / state.sum[r];
         const float* from = state.values + r * p_.padded_dim();
-        Q* to = p_.out.at(unit.first_token + t, unit.kv_head * p_.group() + g);
+        Q* to = out.at(unit.first_token + r / p_.group(), unit.kv_head * p_.group() + r % p_.group());
         for (int64_t d = 0; d < p_.head_dim(); ++d) to[d] = static_cast<Q>(from[d] * scale);
       }
-    }
+    });
   }
 
   void attend_split(const Unit& unit, int64_t split, Scratch& scratch) {
@@ -326,13 +329,13 @@ class Attention {
     score_tile(scratch.query, scratch.keys, p_.head_dim(), row_begin, row_end, scratch.scores);
     softmax_tile(scratch.scores, scratch.first_seen, scratch.end_seen, row_begin, row_end, scratch.split, p_.padded_dim(),
                  scratch.old_scale);
-    const float* values[kTile];
-    if constexpr (std::is_same_v<T, float>) {
-      if (p_.head_dim() == p_.padded_dim()) {  // read where they lie
-        accumulate_tile(scratch.scores, tile.value, from, to, row_begin, row_end, scratch.split, p_.padded_dim());
-        return;
-      }
+    // Read values where they lie, unless their rows are not whole vectors or would be converted again and again.
+    const bool in_place = p_.head_dim() == p_.padded_dim() && (std::is_same_v<T, float> || row_end - row_begin <= kRowBlock);
+    if (in_place) {
+      accumulate_tile(scratch.scores, tile.value, from, to, row_begin, row_end, scratch.split, p_.padded_dim());
+      return;
     }
+    const float* values[kTile];
     pack_values(tile, from, to, p_.head_dim(), p_.padded_dim(), scratch.values);
     for (int j = from; j < to; ++j) values[j] = scratch.values + j * p_.padded_dim();
     accumulate_tile(scratch.scores, values, from, to, row_begin, row_end, scratch.split, p_.padded_dim());
@@ -363,7 +366,7 @@ class Attention {
     std::fill(tile.value + last, tile.value + kTile, zeros);
   }
 
-  const Problem<Q, T>& p_;
+  const Problem<T>& p_;
   std::vector<Unit> units_;
   std::vector<Task> tasks_;
   std::unique_ptr<std::atomic<int32_t>[]> remaining_;
@@ -398,25 +401,26 @@ Tensor paged_attention(Tensor query_THD, Tensor key_cache, Tensor value_cache, T
                       value_cache.size(2) == key_cache.size(2) && value_cache.scalar_type() == key_cache.scalar_type(),
                   "key and value cache must agree in shape and dtype");
   STD_TORCH_CHECK(query_start.size(0) == num_rows + 1 && seq_lens_R.size(0) == num_rows, "rows, query_start and seq_lens disagree");
-  Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), head_dim});
-  with_float_type(query.scalar_type(), "query", [&](auto q) {
-    with_float_type(key_cache.scalar_type(), "key_cache", [&](auto t) {
-      using Q = decltype(q);
-      using T = decltype(t);
-      const Problem<Q, T> problem{view<Q>(query, 3, "query"),
-                                  view<Q>(out, 3, "out"),
-                                  view<T>(key_cache, 4, "key_cache"),
-                                  view<T>(value_cache, 4, "value_cache"),
-                                  table<int32_t>(block_table, 2, ScalarType::Int, "block_table"),
-                                  table<int32_t>(rows_R, 1, ScalarType::Int, "rows"),
-                                  table<int32_t>(query_start, 1, ScalarType::Int, "query_start"),
-                                  table<int32_t>(seq_lens_R, 1, ScalarType::Int, "seq_lens"),
-                                  static_cast<float>(scale),
-                                  sliding_window};
-      Attention<Q, T>(problem).run();
-      clear_unowned(problem.out, problem.rows, problem.query_start);
-    });
+  Tensor out = empty({query.size(0), query.size(1), head_dim}, query.scalar_type());
+  const auto out_rows = table<int32_t>(rows_R, 1, ScalarType::Int, "rows");
+  const auto starts = table<int32_t>(query_start, 1, ScalarType::Int, "query_start");
+  with_float_type(key_cache.scalar_type(), "key_cache", [&](auto zero) {
+    using T = decltype(zero);
+    const Problem<T> problem{view<void>(query, 3, "query"),
+                             view<void>(out, 3, "out"),
+                             query.scalar_type(),
+                             view<T>(key_cache, 4, "key_cache"),
+                             view<T>(value_cache, 4, "value_cache"),
+                             table<int32_t>(block_table, 2, ScalarType::Int, "block_table"),
+                             out_rows,
+                             starts,
+                             table<int32_t>(seq_lens_R, 1, ScalarType::Int, "seq_lens"),
+                             static_cast<float>(scale),
+                             sliding_window};
+    Attention<T>(problem).run();
   });
+  with_float_type(query.scalar_type(), "query",
+                  [&](auto zero) { clear_unowned(view<decltype(zero)>(out, 3, "out"), out_rows, starts); });
   return out;
 }
 

@@ -297,7 +297,7 @@ Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor tempera
   }
   for (int64_t i = 0; i < num_rows; ++i) STD_TORCH_CHECK(*rows.at(i) < max_rows, "row ", *rows.at(i), " is outside of the tables");
 
-  Tensor sampled_R = torch::stable::new_empty(rows_R, {num_rows});
+  Tensor sampled_R = empty({num_rows}, ScalarType::Int);
   const auto sampled = view<int32_t>(sampled_R, 1, "sampled");
   with_float_type(logits_dense.scalar_type(), "logits", [&](auto zero) {
     using T = decltype(zero);

@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "simd.h"
 
 namespace toka {
@@ -19,12 +22,20 @@ struct View {
   int64_t sizes[4];
   int64_t strides[4];
 
+  // The same memory as another type (of a view whose element type was left open).
+  template <typename U>
+  View<U> as() const {
+    View<U> other{static_cast<U*>(data), {}, {}};
+    for (int d = 0; d < 4; ++d) other.sizes[d] = sizes[d], other.strides[d] = strides[d];
+    return other;
+  }
+
   T* at(int64_t i) const { return data + i * strides[0]; }
   T* at(int64_t i, int64_t j) const { return data + i * strides[0] + j * strides[1]; }
   T* at(int64_t i, int64_t j, int64_t k) const { return data + i * strides[0] + j * strides[1] + k * strides[2]; }
 };
 
-// A view of `tensor`, whose dtype must be T's. `name` is for the message.
+// A view of `tensor`, whose dtype the caller knows to be T's; T = void leaves it open. `name` is for the message.
 template <typename T>
 View<T> view(const Tensor& tensor, int64_t num_dims, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
@@ -44,16 +55,25 @@ template <typename T>
 View<const T> table(const Tensor& tensor, int64_t num_dims, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", is ",
                   torch::headeronly::toString(tensor.scalar_type()));
-  const View<T> result = view<T>(tensor, num_dims, name);
-  View<const T> constant{result.data, {}, {}};
-  for (int d = 0; d < 4; ++d) constant.sizes[d] = result.sizes[d], constant.strides[d] = result.strides[d];
-  return constant;
+  return view<T>(tensor, num_dims, name).template as<const T>();
 }
 
 // Activations may come in any layout; the kernels want the last dimension dense.
 inline Tensor dense_last(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A new contiguous tensor on the CPU; straight through the C shim, since a dispatcher call costs microseconds.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[4] = {1, 1, 1, 1};
+  const int64_t num_dims = static_cast<int64_t>(sizes.size());
+  for (int64_t d = num_dims - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(1, sizes.begin()[d + 1]);
+  const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(num_dims, sizes.begin(), strides, shim_dtype, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  return Tensor(handle);
 }
 
 // Calls body with a value of the C++ type that stores `dtype`.

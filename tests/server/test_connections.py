@@ -16,9 +16,14 @@ from running_server import RunningServer
 COMPLETIONS = "/v1/completions"
 
 
-def _send(server: RunningServer, body: dict) -> socket.socket:
+def _send(server: RunningServer, body: dict, receive_buffer_bytes: int = 65536) -> socket.socket:
     data = json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection = socket.socket()
+    connection.settimeout(10)
+    connection.setsockopt(
+        socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes
+    )  # before connecting, or it has no effect
+    connection.connect(("127.0.0.1", server.port))
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
@@ -57,8 +62,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_aborted(start_server) -> Non
     server = start_server(
         Behaviour(reply=lambda submit, _: [97] * 300_000, max_request_tokens=400_000), max_queued_requests=8
     )
-    connection = _send(server, {"prompt": "abc", "max_tokens": 300_000, "stream": True, "n": 4})
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection = _send(server, {"prompt": "abc", "max_tokens": 300_000, "stream": True, "n": 4}, 4096)
     server.wait(lambda: server.engine.aborted() == _submitted_ids(server) != set(), timeout_s=60)
     assert server.serving.engine.num_open == 0
     assert server.post(COMPLETIONS, {"prompt": "abc", "max_tokens": 1}).status_code == 200

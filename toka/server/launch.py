@@ -2,7 +2,7 @@
 
 HTTP is up at once: while the engine warms up, /health and /ready say 503 and requests are refused with Retry-After. The first
 SIGTERM or SIGINT drains: new requests get 503, running ones may end within drain_timeout_s. The second stops at once. If the
-engine dies, what is open ends with an error, /health says 503, and the process exits with status 1 (2 for a ConfigError).
+engine dies, what is open ends with an error, /health says 503, and the process exits with a status other than 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _KEEP_ALIVE_S = 75
 def serve(config: Config, *, engine_target: str = ENGINE_TARGET) -> int:
     """Serve until told to stop; returns the process's exit status.
 
-    engine_target: see `EngineProcess`. Raises ConfigError if the port is taken, or the model or its tokenizer cannot be had.
+    engine_target: see `EngineProcess`. Raises ConfigError if the port is taken, or the model, its tokenizer or its engine cannot
+    be had as configured.
     """
     set_up_logging(config.log_level, config.uvicorn_log_level)
     config.check()
@@ -180,9 +181,10 @@ class _ServerRun:
                 await _first_of(self._engine.wait_idle(), self._stop_now.wait(), self._engine_gone.wait())
 
     async def _shut_down(self, http: uvicorn.Server, http_task: asyncio.Task[None]) -> int:
-        died = self._engine_gone.is_set()
-        if died:
-            logger.error("%s Exiting.", self._engine.fatal.message if self._engine.fatal else self._engine.dead)
+        died, fatal = self._engine_gone.is_set(), self._engine.fatal
+        if died and not (fatal and fatal.config_error):
+            logger.error("%s", self._engine.dead)
+        if died and self._engine.ready is not None:
             await asyncio.sleep(_LINGER_AFTER_DEATH_S)
         shutting_down = CapacityError("The server is shutting down.", status=503, retry_after_s=RETRY_AFTER_S)
         self._engine.fail_all(shutting_down)
@@ -192,9 +194,10 @@ class _ServerRun:
         await http_task
         patience_s = _ENGINE_LEAVES_S if self._engine.ready is not None and not self._stop_now.is_set() else 0.0
         await asyncio.to_thread(self._process.stop, patience_s)
+        if fatal and fatal.config_error:
+            raise ConfigError(fatal.message)
         if died:
-            config_error = self._engine_status == 2 or (self._engine.fatal and self._engine.fatal.config_error)
-            return 2 if config_error else 1
+            return self._engine_status if self._engine_status > 0 else 1
         return 128 + self._stop_signal if self._stop_now.is_set() else 0
 
     async def _announce_ready(self, listener: socket.socket) -> None:

@@ -78,25 +78,6 @@ int32_t argmax(const T* logits, int64_t count) {
   return lowest;
 }
 
-// Sum of `values` where their logits reach `cut`, and how many do; -inf never counts. Both arrays are padded to whole blocks.
-struct Mass {
-  double weight;
-  int64_t count;
-};
-
-Mass mass_from(const float* logits, const float* weights, int64_t count, float cut) {
-  vdouble sum = {};
-  vint reached = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const vint above = load(logits + i) >= broadcast(cut);
-    sum += __builtin_convertvector(above ? load(weights + i) : vfloat{}, vdouble);
-    reached -= above;
-  }
-  Mass mass{0.0, 0};
-  for (int lane = 0; lane < kLanes; ++lane) mass.weight += sum[lane], mass.count += reached[lane];
-  return mass;
-}
-
 double sum_block(const float* weights) {
   vdouble sum = {};
   for (int64_t i = 0; i < kBlock; i += kLanes) sum += __builtin_convertvector(load(weights + i), vdouble);
@@ -201,18 +182,17 @@ class Sampler {
 
   // Applies top_k and top_p: kept_ gets the tokens in ascending order of id, weights_ their weights, padded by zeros.
   void keep_likeliest(float largest, const Settings& settings, bool use_top_k, bool use_top_p) {
-    const Mass all = mass_from(logits_.data(), weights_.data(), static_cast<int64_t>(logits_.size()), -kLargest);
-    const double wanted_mass = use_top_k ? 0.0 : static_cast<double>(settings.top_p) * all.weight;
-    const int64_t wanted_count = use_top_k ? std::min<int64_t>(settings.top_k, all.count) : 1;
-    gather(candidate_cut(largest, settings.temperature, wanted_mass, wanted_count));
+    const double all_mass = use_top_k ? 0.0 : mass_from(-kLargest).weight;
+    const double wanted_mass = static_cast<double>(settings.top_p) * all_mass;
+    gather(candidate_cut(largest, settings.temperature, wanted_mass, use_top_k ? settings.top_k : 1));
 
     ranked_ = kept_;
     int64_t num_kept = static_cast<int64_t>(ranked_.size());
-    if (use_top_k && wanted_count < num_kept) {
-      num_kept = wanted_count;
+    if (use_top_k && settings.top_k < num_kept) {
+      num_kept = settings.top_k;
       std::nth_element(ranked_.begin(), ranked_.begin() + num_kept - 1, ranked_.end(), before);
     }
-    if (use_top_p) num_kept = rank_to_mass(num_kept, static_cast<double>(settings.top_p), use_top_k ? -1.0 : all.weight);
+    if (use_top_p) num_kept = rank_to_mass(num_kept, static_cast<double>(settings.top_p), use_top_k ? -1.0 : all_mass);
     const Candidate last = ranked_[num_kept - 1];
     kept_.erase(std::remove_if(kept_.begin(), kept_.end(), [&](const Candidate& c) { return before(last, c); }), kept_.end());
 
@@ -222,12 +202,31 @@ class Sampler {
 
   // A logit such that the tokens from it upwards hold the wanted mass and count, usually a few of the vocabulary.
   float candidate_cut(float largest, float temperature, double wanted_mass, int64_t wanted_count) const {
-    for (const float nats : {1.0f, 2.0f, 4.0f, 8.0f, 12.0f, 16.0f, 24.0f}) {
+    for (const float nats : {3.0f, 6.0f, 10.0f, 16.0f, 24.0f}) {
       const float cut = largest - nats * temperature;
-      const Mass mass = mass_from(logits_.data(), weights_.data(), static_cast<int64_t>(logits_.size()), cut);
+      const Mass mass = mass_from(cut);
       if (mass.weight >= wanted_mass && mass.count >= wanted_count) return cut;
     }
     return -kLargest;
+  }
+
+  // What the tokens from logit `cut` upwards weigh and how many they are; -inf never counts.
+  struct Mass {
+    double weight;
+    int64_t count;
+  };
+
+  Mass mass_from(float cut) const {
+    vdouble sum = {};
+    vint reached = {};
+    for (int64_t i = 0; i < static_cast<int64_t>(logits_.size()); i += kLanes) {
+      const vint above = load(logits_.data() + i) >= broadcast(cut);
+      sum += __builtin_convertvector(above ? load(weights_.data() + i) : vfloat{}, vdouble);
+      reached -= above;
+    }
+    Mass mass{0.0, 0};
+    for (int lane = 0; lane < kLanes; ++lane) mass.weight += sum[lane], mass.count += reached[lane];
+    return mass;
   }
 
   void gather(float cut) {

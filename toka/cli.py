@@ -34,7 +34,7 @@ Flags = TypeVar("Flags")
 class PingFlags:
     """The flags of `toka ping`."""
 
-    prompt: str = flag("Tell me a joke.", "what to send")
+    prompt: str = flag("The three primary colours are", "what to send")
     model: str = flag("default", "model to ask for")
     host: str = flag("127.0.0.1", "the server's address")
     port: int = flag(DEFAULT_PORT, "the server's port")

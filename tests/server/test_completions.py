@@ -179,7 +179,7 @@ def test_many_streams_at_once_keep_apart(server: RunningServer) -> None:
 
 
 def test_a_sample_the_engine_gives_up_is_a_500(start_server) -> None:
-    server = start_server(Behaviour(error_at_token=2))
+    server = start_server(Behaviour(error_at_token=2, step_s=0.1))  # slow: the first token must be on its way before
     with pytest.raises(openai.InternalServerError, match="could not go on"):
         server.openai.completions.create(model="default", prompt="abc", max_tokens=9)
     with pytest.raises(openai.APIError, match="could not go on"):

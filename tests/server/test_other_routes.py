@@ -62,7 +62,6 @@ def test_metrics(start_server) -> None:
     server = start_server()
     server.openai.completions.create(model="default", prompt="abc", max_tokens=5, n=2)
     server.openai.completions.create(model="default", prompt="abc", max_tokens=5, stop="b")
-    server.get("/health")
     text = server.get("/metrics").text
     for line in (
         'toka:num_requests_running{model_name="tiny-bytes"} 0.0',

@@ -7,6 +7,7 @@ engine says is taken in `_receive`: a step's arrays are spread over the samples 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import secrets
@@ -67,6 +68,7 @@ class EngineClient:
         self.became_ready = asyncio.Event()
         self.stats = EngineStats()
         self.dead: EngineDeadError | None = None
+        self.gone = asyncio.Event()  # set together with dead
         self.fatal: Fatal | None = None
 
     def start(self) -> None:
@@ -156,6 +158,13 @@ class EngineClient:
             del self._pongs[nonce]
         return self.stats
 
+    async def refresh_stats(self, timeout_s: float) -> EngineStats:
+        """The engine's gauges of now or, if it does not answer in time, the last known ones."""
+        if self.ready is not None:
+            with contextlib.suppress(EngineDeadError):
+                await self.ping(timeout_s)
+        return self.stats
+
     def shutdown(self) -> None:
         """Ask the engine to leave."""
         if self.ready is not None:
@@ -165,6 +174,7 @@ class EngineClient:
         """The engine process is gone: end all that is open. Called by whoever watches the process."""
         if self.dead is None:
             self.dead = EngineDeadError(reason)
+            self.gone.set()
             self.fail_all(self.dead)
             for pong in self._pongs.values():
                 if not pong.done():

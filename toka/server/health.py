@@ -10,6 +10,7 @@ from toka.server.engine_client import RETRY_AFTER_S
 from toka.server.serving import VERSION, serving_of
 
 HEALTH_TIMEOUT_S = 10.0  # more than the longest step takes
+_STATS_TIMEOUT_S = 1.0
 
 router = APIRouter()
 
@@ -35,7 +36,9 @@ async def ready(request: Request) -> dict[str, str]:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    return Response(serving_of(request).metrics.render(), media_type=CONTENT_TYPE)
+    serving = serving_of(request)
+    await serving.engine.refresh_stats(_STATS_TIMEOUT_S)  # an idle engine's last step still counted its last request
+    return Response(serving.metrics.render(), media_type=CONTENT_TYPE)
 
 
 @router.get("/version")

@@ -107,7 +107,6 @@ class _ServerRun:
         self._process = process
         self._engine = EngineClient(address_in, address_out)
         self._serving = Serving(config, model_id, tokenizer, self._engine)
-        self._engine_gone = asyncio.Event()
         self._engine_status = 0
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -136,8 +135,8 @@ class _ServerRun:
             asyncio.create_task(self._report_stats()),
         ]
         try:
-            await _first_of(self._stop_asked.wait(), self._engine_gone.wait())
-            if not self._engine_gone.is_set():
+            await _first_of(self._stop_asked.wait(), self._engine.gone.wait())
+            if not self._engine.gone.is_set():
                 await self._drain()
             return await self._shut_down(http, background[0])
         finally:
@@ -152,7 +151,6 @@ class _ServerRun:
         def gone(status: int) -> None:
             self._engine_status = status
             self._engine.died(f"The engine process has ended (status {status}).")
-            self._engine_gone.set()
 
         def on_exit(status: int) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: we have left before it
@@ -178,10 +176,10 @@ class _ServerRun:
             )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_timeout_s):
-                await _first_of(self._engine.wait_idle(), self._stop_now.wait(), self._engine_gone.wait())
+                await _first_of(self._engine.wait_idle(), self._stop_now.wait(), self._engine.gone.wait())
 
     async def _shut_down(self, http: uvicorn.Server, http_task: asyncio.Task[None]) -> int:
-        died, fatal = self._engine_gone.is_set(), self._engine.fatal
+        died, fatal = self._engine.gone.is_set(), self._engine.fatal
         if died and not (fatal and fatal.config_error):
             logger.error("%s", self._engine.dead)
         if died and self._engine.ready is not None:
@@ -192,7 +190,8 @@ class _ServerRun:
         http.should_exit = True
         http.force_exit = self._stop_now.is_set()
         await http_task
-        patience_s = _ENGINE_LEAVES_S if self._engine.ready is not None and not self._stop_now.is_set() else 0.0
+        hears_us = fatal is not None or self._engine.ready is not None  # in its warmup it does not
+        patience_s = _ENGINE_LEAVES_S if hears_us and not self._stop_now.is_set() else 0.0
         await asyncio.to_thread(self._process.stop, patience_s)
         if fatal and fatal.config_error:
             raise ConfigError(fatal.message)
@@ -215,7 +214,7 @@ class _ServerRun:
         before, then = self._engine.stats, time.perf_counter()
         while True:
             await asyncio.sleep(interval_s)
-            now, stats = time.perf_counter(), self._engine.stats
+            now, stats = time.perf_counter(), await self._engine.refresh_stats(interval_s)
             if stats.num_steps_total != before.num_steps_total:
                 logger.info(_stats_line(before, stats, now - then))
             before, then = stats, now

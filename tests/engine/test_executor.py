@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,7 +30,7 @@ def plan(step: int):
 
 def test_results_come_in_order_and_launch_never_waits() -> None:
     runner = FakeRunner()
-    executor = LocalExecutor(runner)  # type: ignore[arg-type]
+    executor = LocalExecutor(runner, ThreadPoolExecutor(1))  # type: ignore[arg-type]
     for step in range(3):
         executor.launch(plan(step))
     assert executor.num_in_flight == 3
@@ -42,7 +43,8 @@ def test_results_come_in_order_and_launch_never_waits() -> None:
 def test_a_failing_step_raises_where_it_is_waited_for() -> None:
     runner = FakeRunner()
     runner.go.set()
-    executor = LocalExecutor(runner)  # type: ignore[arg-type]
+    executor = LocalExecutor(runner, ThreadPoolExecutor(1))  # type: ignore[arg-type]
     executor.launch(plan(-1))
     with pytest.raises(RuntimeError, match="on fire"):
         executor.wait()
+    executor.shutdown()

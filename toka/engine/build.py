@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -19,8 +20,6 @@ from toka.warmup import memory
 from toka.warmup.run import warm_up
 from toka.weights.loader import open_checkpoint
 
-log = logging.getLogger(__name__)
-
 
 def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) -> tuple[EngineCore, Ready]:
     """Load, compile and warm the model; returns the engine and what it has to say when ready.
@@ -32,9 +31,8 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
     resolved = resolve(
         config, {**hf_config, "max_position_embeddings": spec.max_context_tokens}, device_facts(config.device)
     )
-    warm = warm_up(spec, open_checkpoint(source.path), resolved, quiet=quiet)
-    scheduler_config = SchedulerConfig(
-        num_blocks=warm.num_kv_blocks,
+    limits = SchedulerConfig(
+        num_blocks=-(-resolved.max_context_tokens // resolved.block_size),  # one full request, until the warmup knows
         max_request_tokens=resolved.max_context_tokens,
         block_size=resolved.block_size,
         max_tokens_per_forward=resolved.max_tokens_per_forward,
@@ -43,7 +41,10 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
         steps_in_flight=resolved.steps_in_flight,
         vocab_size=spec.vocab_size,
     )
-    engine = EngineCore(Scheduler(scheduler_config), LocalExecutor(warm.runner), warm.runner.compiled)
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
+    warm = thread.submit(warm_up, spec, open_checkpoint(source.path), resolved, limits, quiet=quiet).result()
+    scheduler_config = dataclasses.replace(limits, num_blocks=warm.num_kv_blocks)
+    engine = EngineCore(Scheduler(scheduler_config), LocalExecutor(warm.runner, thread), warm.runner.compiled)
     ready = Ready(
         vocab_size=spec.vocab_size,
         max_context_tokens=resolved.max_context_tokens,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from toka.plan import BatchPlan, StepResult
@@ -32,39 +32,25 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs steps on a thread of this process, so that the next step is planned while one runs."""
+    """Runs steps on one thread of this process, so that the next step is planned while one runs.
 
-    def __init__(self, runner: ModelRunner):
-        self._runner = runner
-        self._plans: queue.SimpleQueue[BatchPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
-        self._num_in_flight = 0
-        self._thread = threading.Thread(target=self._work, name="step", daemon=True)
-        self._thread.start()
+    thread: a pool of one worker, the one that ran the warmup: OpenMP keeps a team of threads and the kernels their working memory for
+    each thread that calls them.
+    """
+
+    def __init__(self, runner: ModelRunner, thread: ThreadPoolExecutor):
+        self._runner, self._thread = runner, thread
+        self._steps: deque[Future[StepResult]] = deque()
 
     @property
     def num_in_flight(self) -> int:
-        return self._num_in_flight
+        return len(self._steps)
 
     def launch(self, plan: BatchPlan) -> None:
-        self._num_in_flight += 1
-        self._plans.put(plan)
+        self._steps.append(self._thread.submit(self._runner.run, plan))
 
     def wait(self) -> StepResult:
-        result = self._results.get()
-        self._num_in_flight -= 1
-        if isinstance(result, BaseException):
-            raise result
-        return result
+        return self._steps.popleft().result()
 
     def shutdown(self) -> None:
-        self._plans.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (plan := self._plans.get()) is not None:
-            try:
-                self._results.put(self._runner.run(plan))
-            except BaseException as error:  # goes to the loop, which ends the engine
-                self._results.put(error)
-                return
+        self._thread.shutdown(cancel_futures=True)

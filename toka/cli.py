@@ -20,7 +20,8 @@ from pydra.parser import Assignment, parse
 from rich.console import Console
 from rich.table import Table
 
-from toka.config import DEFAULT_PORT, Config, flag
+from toka.client.flags import ChatFlags, PingFlags
+from toka.config import Config
 from toka.errors import ConfigError
 
 EXIT_CONFIG = 2
@@ -28,36 +29,6 @@ _TRUE, _FALSE = ("T", "true", "True", "TRUE", "1"), ("F", "false", "False", "FAL
 _SERVE = "serve"
 
 Flags = TypeVar("Flags")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PingFlags:
-    """The flags of `toka ping`."""
-
-    prompt: str = flag("The three primary colours are", "what to send")
-    model: str = flag("default", "model to ask for")
-    host: str = flag("127.0.0.1", "the server's address")
-    port: int = flag(DEFAULT_PORT, "the server's port")
-    chat: bool = flag(False, "send the prompt as a chat message instead of a text to continue")
-    max_tokens: int = flag(256, "tokens to generate at most", "tokens")
-    n: int = flag(1, "samples; more than one are printed when all are done", "samples")
-    temperature: float = flag(0.0, "0 = greedy")
-    hide: bool = flag(False, "print the figures only, not the text")
-    retries: int = flag(0, "tries more if the server is full or not ready", "tries")
-    api_key: str | None = flag(None, "the server's API key; None: $TOKA_API_KEY, if set")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatFlags:
-    """The flags of `toka chat`."""
-
-    system: str | None = flag(None, "system message")
-    model: str = flag("default", "model to ask for")
-    host: str = flag("127.0.0.1", "the server's address")
-    port: int = flag(DEFAULT_PORT, "the server's port")
-    max_tokens: int | None = flag(None, "tokens per answer at most; None: what the context allows", "tokens")
-    temperature: float = flag(0.7, "0 = greedy")
-    api_key: str | None = flag(None, "the server's API key; None: $TOKA_API_KEY, if set")
 
 
 _COMMANDS: dict[str, tuple[type[Any], str]] = {
@@ -89,13 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, flags: Any) -> int:
-    if command == _SERVE:
-        from toka.server.launch import serve  # so that --help and ping need not wait for the server's imports
+    # Imported here, so that --help and --show need not wait for FastAPI or the openai package.
+    match command:
+        case "ping":
+            from toka.client.ping import ping
 
-        return serve(flags)
-    from toka import client
+            return ping(flags)
+        case "chat":
+            from toka.client.chat import chat
 
-    return client.ping(flags) if command == "ping" else client.chat(flags)
+            return chat(flags)
+        case _:
+            from toka.server.launch import serve
+
+            return serve(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading flags

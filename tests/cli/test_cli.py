@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 
-from toka.cli import ChatFlags, PingFlags, main, read_flags
+from toka.cli import main, read_flags
+from toka.client.flags import ChatFlags, PingFlags
 from toka.config import Config
 from toka.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""`toka ping` and `toka chat`: a running server asked through the openai package, as any client would (floor 9)."""
+"""`toka ping`: one prompt, its answer, and how fast it came."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from openai import APIConnectionError, APIError, APIStatusError, OpenAI
+from openai import APIError
 
-from toka.config import Config
-
-if TYPE_CHECKING:
-    from toka.cli import ChatFlags, PingFlags
-
-_TIMEOUT_S = 600.0
+from toka.client.connection import connect, explain
+from toka.client.flags import PingFlags
 
 
 def ping(flags: PingFlags) -> int:
@@ -25,7 +21,7 @@ def ping(flags: PingFlags) -> int:
         pieces = _streamed(flags)
         timing = _print_pieces(pieces, flags, asked)
     except APIError as error:
-        print(f"\ntoka: error: {_explain(error, flags.host, flags.port)}", file=sys.stderr)
+        print(f"\ntoka: error: {explain(error, flags.host, flags.port)}", file=sys.stderr)
         return 1
     print(timing.line(flags.n))
     return 0
@@ -60,7 +56,7 @@ class _Timing:
 
 
 def _streamed(flags: PingFlags) -> Iterator[_Piece]:
-    client = _client(flags.host, flags.port, flags.api_key, flags.retries)
+    client = connect(flags.host, flags.port, flags.api_key, flags.retries)
     options: dict[str, Any] = {
         "model": flags.model,
         "max_tokens": flags.max_tokens,
@@ -97,50 +93,3 @@ def _print_pieces(pieces: Iterator[_Piece], flags: PingFlags, asked: float) -> _
     if not flags.hide:
         print("\n" if flags.n == 1 else "\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n")
     return _Timing(first_s, total_s, num_tokens)
-
-
-def chat(flags: ChatFlags) -> int:
-    """Read questions from stdin and answer them, each with all that was said before; 1 if the server fails."""
-    client = _client(flags.host, flags.port, flags.api_key, 0)
-    messages: list[Any] = [{"role": "system", "content": flags.system}] if flags.system else []
-    for question in _questions():
-        messages.append({"role": "user", "content": question})
-        options: dict[str, Any] = {} if flags.max_tokens is None else {"max_tokens": flags.max_tokens}
-        answer = ""
-        try:
-            for chunk in client.chat.completions.create(
-                model=flags.model, messages=messages, temperature=flags.temperature, stream=True, **options
-            ):
-                piece = chunk.choices[0].delta.content or ""
-                print(piece, end="", flush=True)
-                answer += piece
-        except APIError as error:
-            print(f"\ntoka: error: {_explain(error, flags.host, flags.port)}", file=sys.stderr)
-            return 1
-        print()
-        messages.append({"role": "assistant", "content": answer})
-    return 0
-
-
-def _questions() -> Iterator[str]:
-    while True:
-        try:
-            question = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if question:
-            yield question
-
-
-def _client(host: str, port: int, api_key: str | None, retries: int) -> OpenAI:
-    key = Config(api_key=api_key).effective_api_key() or "none"
-    where = f"[{host}]" if ":" in host else host
-    return OpenAI(base_url=f"http://{where}:{port}/v1", api_key=key, max_retries=retries, timeout=_TIMEOUT_S)
-
-
-def _explain(error: APIError, host: str, port: int) -> str:
-    if isinstance(error, APIConnectionError):
-        return f"no server answers at {host}:{port}; start one with `toka`"
-    if isinstance(error, APIStatusError):
-        return f"the server answered {error.status_code}: {error.message}"
-    return f"the server broke off: {error.message}"

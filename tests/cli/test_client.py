@@ -17,12 +17,15 @@ from toka.cli import main
 class _Handler(BaseHTTPRequestHandler):
     requests: list[tuple[str, dict[str, Any], str | None]]
     failure: bytes | None = None
+    breaks_off = False
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.requests.append((self.path, body, self.headers["authorization"]))
         self.send_response(503 if self.failure else 200)
         self.send_header("content-type", "application/json" if self.failure else "text/event-stream")
+        if self.breaks_off:
+            self.send_header("content-length", "9999")  # and then the connection ends before
         self.end_headers()
         self.wfile.write(self.failure or self._stream(body))
 
@@ -102,6 +105,17 @@ def test_ping_tells_what_the_server_says(handler: type[_Handler], capsys: pytest
     assert main(["ping", f"port={handler.port}"]) == 1
     assert "the server answered 503" in (error := capsys.readouterr().err)
     assert "warming up" in error
+
+
+@pytest.mark.parametrize("command", ["ping", "chat"])
+def test_a_connection_lost_in_mid_stream_is_one_line(
+    handler: type[_Handler], command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    monkeypatch.setattr(_Handler, "_stream", lambda *_: b'data: {"choices": []}\n\n' if command == "ping" else b"")
+    handler.breaks_off = True
+    assert main([command, f"port={handler.port}"]) == 1
+    assert "was lost" in capsys.readouterr().err
 
 
 def test_chat_remembers_what_was_said(

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from openai import APIError
+from openai import OpenAI
 
-from toka.client.connection import connect, explain
+from toka.client.connection import ServerFailedError, connect, failures_explained
 from toka.client.flags import ChatFlags
 
 
@@ -18,21 +18,27 @@ def chat(flags: ChatFlags) -> int:
     messages: list[Any] = [{"role": "system", "content": flags.system}] if flags.system else []
     for question in _questions():
         messages.append({"role": "user", "content": question})
-        options: dict[str, Any] = {} if flags.max_tokens is None else {"max_tokens": flags.max_tokens}
-        answer = ""
         try:
-            for chunk in client.chat.completions.create(
-                model=flags.model, messages=messages, temperature=flags.temperature, stream=True, **options
-            ):
-                piece = chunk.choices[0].delta.content or ""
-                print(piece, end="", flush=True)
-                answer += piece
-        except APIError as error:
-            print(f"\ntoka: error: {explain(error, flags.host, flags.port)}", file=sys.stderr)
+            with failures_explained(flags.host, flags.port):
+                answer = _print_answer(client, messages, flags)
+        except ServerFailedError as error:
+            print(f"\ntoka: error: {error}", file=sys.stderr)
             return 1
-        print()
         messages.append({"role": "assistant", "content": answer})
     return 0
+
+
+def _print_answer(client: OpenAI, messages: list[Any], flags: ChatFlags) -> str:
+    options: dict[str, Any] = {} if flags.max_tokens is None else {"max_tokens": flags.max_tokens}
+    answer = ""
+    for chunk in client.chat.completions.create(
+        model=flags.model, messages=messages, temperature=flags.temperature, stream=True, **options
+    ):
+        piece = chunk.choices[0].delta.content or ""
+        print(piece, end="", flush=True)
+        answer += piece
+    print()
+    return answer
 
 
 def _questions() -> Iterator[str]:

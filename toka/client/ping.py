@@ -8,20 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from openai import APIError
-
-from toka.client.connection import connect, explain
+from toka.client.connection import ServerFailedError, connect, failures_explained
 from toka.client.flags import PingFlags
 
 
 def ping(flags: PingFlags) -> int:
     """Send the prompt, print what comes and how fast; 0 if all went well, 1 if not."""
     try:
-        asked = time.perf_counter()
-        pieces = _streamed(flags)
-        timing = _print_pieces(pieces, flags, asked)
-    except APIError as error:
-        print(f"\ntoka: error: {explain(error, flags.host, flags.port)}", file=sys.stderr)
+        with failures_explained(flags.host, flags.port):
+            timing = _print_pieces(_streamed(flags), flags, time.perf_counter())
+    except ServerFailedError as error:
+        print(f"\ntoka: error: {error}", file=sys.stderr)
         return 1
     print(timing.line(flags.n))
     return 0

@@ -19,6 +19,7 @@ from toka.models.spec import ModelSpec
 from toka.runner.kv_cache import KVCache, KVCacheShape
 from toka.runner.model_runner import ModelRunner, RunnerSizes
 from toka.runner.step_program import build_step_graph, kv_cache_shape, step_parameters
+from toka.scheduler.config import SchedulerConfig
 from toka.warmup import coverage, memory
 from toka.warmup.progress import WarmupProgress
 from toka.warmup.report import WarmupReport
@@ -38,10 +39,12 @@ class WarmEngineParts:
 
 
 def warm_up(
-    spec: ModelSpec, reader: CheckpointReader, config: ResolvedConfig, *, quiet: bool = False
+    spec: ModelSpec, reader: CheckpointReader, config: ResolvedConfig, limits: SchedulerConfig, *, quiet: bool = False
 ) -> WarmEngineParts:
     """Bring a model from its checkpoint to the point where no request can meet anything for the first time.
 
+    limits: what the scheduler's plans will keep to; its num_blocks must be enough for one request of full length. To be called by the
+    thread that will run the steps.
     Raises ConfigError if the checkpoint, the compiler or the memory does not allow it.
     """
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
@@ -51,7 +54,7 @@ def warm_up(
         model = _load(spec, reader, dtype, device, progress)
         compiled = _compile(model, dtype, config, device, progress, report)
         shape = kv_cache_shape(model, dtype, config.block_size)
-        runner = ModelRunner(compiled, _runner_sizes(config), device)
+        runner = ModelRunner(compiled, _runner_sizes(limits), device)
         activations = _measure(runner, shape, config, device, progress)
         with progress.phase("KV cache"):
             available = memory.available_memory_bytes()
@@ -67,14 +70,12 @@ def warm_up(
     return WarmEngineParts(runner, num_blocks, report)
 
 
-def _runner_sizes(config: ResolvedConfig) -> RunnerSizes:
-    max_rows = min(config.max_seqs_per_forward, config.max_tokens_per_forward)
-    blocks_per_row = -(-config.max_context_tokens // config.block_size)
+def _runner_sizes(limits: SchedulerConfig) -> RunnerSizes:
     return RunnerSizes(
-        max_tokens=config.max_tokens_per_forward,
-        max_rows=max_rows,
-        max_table_rows=2 * max_rows,  # as many as the scheduler's request table has
-        max_blocks_per_row=blocks_per_row,
+        max_tokens=limits.max_tokens_per_forward,
+        max_rows=limits.max_running,
+        max_table_rows=limits.max_rows,
+        max_blocks_per_row=limits.max_blocks_per_row,
     )
 
 

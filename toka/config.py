@@ -52,7 +52,9 @@ class Config:
     dp_size: int = flag(1, "replicas of the model; this version runs 1", "replicas")
     pp_size: int = flag(1, "pipeline stages; this version runs 1", "ranks")
     tp_size: int = flag(1, "tensor-parallel ranks; this version runs 1", "ranks")
-    async_tp_threshold: int | None = flag(None, "overlap tensor-parallel collectives from this batch size on; not built yet", "tokens")
+    async_tp_threshold: int | None = flag(
+        None, "overlap tensor-parallel collectives from this batch size on; not built yet", "tokens"
+    )
     # KV cache
     kv_cache_num_tokens: int | None = flag(
         None,
@@ -78,7 +80,9 @@ class Config:
     scheduling_steps_ahead: int = flag(1, "steps planned while one runs", "steps")
     track_early_stopping: bool = flag(False, "predict output lengths from those seen; not built yet")
     use_hydragen: bool = flag(False, "compute attention over shared prefixes once per group; not built yet")
-    hydragen_min_group_size: int = flag(32, "with use_hydragen: smallest group that shares a prefix's attention", "requests")
+    hydragen_min_group_size: int = flag(
+        32, "with use_hydragen: smallest group that shares a prefix's attention", "requests"
+    )
     hydragen_min_prefix_len: int = flag(256, "with use_hydragen: shortest prefix whose attention is shared", "tokens")
     stop_string_num_token_lookback: int = flag(
         5, "has no effect: stop strings are found across any number of tokens", "tokens"
@@ -140,7 +144,9 @@ class Config:
             )
         self._refuse_what_is_not_built()
         if self.stop_string_num_token_lookback != 5:
-            log.warning("stop_string_num_token_lookback has no effect: stop strings are found across any number of tokens")
+            log.warning(
+                "stop_string_num_token_lookback has no effect: stop strings are found across any number of tokens"
+            )
         return self
 
     def _refuse_what_is_not_built(self) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import threading
-import time
 from collections.abc import Callable
 
 import zmq
@@ -27,12 +24,11 @@ _Send = Callable[[FromEngine], None]
 
 
 def run(config: Config, source: ModelSource, address_in: str, address_out: str) -> None:
-    """Serve until Shutdown; the process's target. Exits with 0, 1 (a failure) or 2 (the configuration is wrong).
+    """Serve until Shutdown, in a process of its own (see server/engine_process.py, which ends it with its parent). Exits with 0, 1 (a failure) or 2 (the configuration is wrong).
 
     address_in: ZeroMQ address to read ToEngine messages from; address_out: to write FromEngine messages to. The API process binds both.
     """
     set_up_logging(config.log_level)
-    _die_with_parent()
     with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
         outbox.linger = 2000  # ms for the last words to leave
         inbox.connect(address_in)
@@ -84,15 +80,3 @@ def _take(engine: EngineCore, message: Submit | Abort | Ping, send: _Send) -> No
         engine.abort(message.request_ids)
     else:
         send(Pong(nonce=message.nonce, stats=engine.stats()))
-
-
-def _die_with_parent() -> None:
-    """Leave at once when the API process is gone, so that no engine is ever orphaned."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(EXIT_FAILED)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

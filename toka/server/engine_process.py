@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
-from toka.config import Config
+from toka.config import Config, num_available_cores, set_engine_environment
 from toka.errors import ConfigError
 from toka.model_source import ModelSource
 
@@ -95,8 +95,11 @@ def _main() -> int:
     threading.Thread(target=_follow_parent, args=(order["private_dir"],), name="parent-watch", daemon=True).start()
     module, _, function = order["target"].partition(":")
     try:
-        run = getattr(importlib.import_module(module), function)
         config = Config(**order["config"])  # type: ignore[arg-type]
+        set_engine_environment(
+            config.num_threads or num_available_cores(), config.cache_path()
+        )  # before torch is there
+        run = getattr(importlib.import_module(module), function)
         run(config, _model_source(order["source"]), order["address_in"], order["address_out"])
     except ConfigError as error:
         print(f"toka: error: {error}", file=sys.stderr)

@@ -24,8 +24,9 @@ _Send = Callable[[FromEngine], None]
 
 
 def run(config: Config, source: ModelSource, address_in: str, address_out: str) -> None:
-    """Serve until Shutdown, in a process of its own (see server/engine_process.py, which ends it with its parent). Exits with 0, 1 (a failure) or 2 (the configuration is wrong).
+    """Serve until Shutdown, in a process of its own that server/engine_process.py starts and ends with its parent.
 
+    Exits with 0, 1 (a failure) or 2 (the configuration is wrong).
     address_in: ZeroMQ address to read ToEngine messages from; address_out: to write FromEngine messages to. The API process binds both.
     """
     set_up_logging(config.log_level)

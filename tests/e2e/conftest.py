@@ -69,7 +69,7 @@ def smollm2_reference(smollm2: ModelSource) -> Reference:
     return Reference(model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def smollm2_llm(smollm2: ModelSource) -> Iterator[LLM]:
     """The default model as `toka` would serve it, with a KV cache of moderate size."""
     with LLM(str(smollm2.path), kv_cache_num_tokens=64 * 1024, quiet=True) as llm:

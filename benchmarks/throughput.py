@@ -169,14 +169,14 @@ def startup_s(source: ModelSource, cache: Path) -> float:
     command = [
         sys.executable,
         "-m",
-        "toka.cli",
+        "toka",
         f"model={source.path}",
         f"port={port}",
         f"cache_dir={cache}",
         "log_level=error",
     ]
     began = time.perf_counter()
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         while time.perf_counter() - began < START_TIMEOUT_S and server.poll() is None:
             try:

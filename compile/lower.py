@@ -8,8 +8,9 @@ import os
 import subprocess
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch._inductor import aoti_compile_and_package, aoti_load_package
@@ -22,9 +23,11 @@ log = logging.getLogger(__name__)
 # Takes a list of tensors (parameters, then inputs; the callee may empty the list) and returns the outputs.
 RegionCode = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
-INDUCTOR_OPTIONS: dict[str, object] = {
-    "aot_inductor.compile_wrapper_opt_level": "O1",  # the wrapper only calls kernels: O3 adds seconds and gains nothing
-}
+INDUCTOR_OPTIONS: Mapping[str, object] = MappingProxyType(
+    {
+        "aot_inductor.compile_wrapper_opt_level": "O1",  # the wrapper only calls kernels: O3 adds seconds and gains nothing
+    }
+)
 
 
 def compile_to_file(program: ExportedProgram, path: Path) -> None:
@@ -37,7 +40,8 @@ def compile_to_file(program: ExportedProgram, path: Path) -> None:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=INDUCTOR_OPTIONS)
+            options = dict(INDUCTOR_OPTIONS)  # inductor adds to what it is given
+            aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=options)
         os.replace(unfinished, path)
     except (subprocess.CalledProcessError, RuntimeError) as error:
         last = str(error).strip().splitlines()[-1:] or ["no message"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ def test_a_second_build_compiles_nothing(
     assert [built.cached for built in CompiledModel(graph, options).build()] == [False]
     monkeypatch.setattr(lower, "compile_to_file", lambda *args: pytest.fail("compiled again"))
     assert [built.cached for built in CompiledModel(graph, options).build()] == [True]
+
+
+def test_the_key_of_a_graph_is_the_same_before_and_after_a_compile(
+    graph: StepGraph, options: CompileOptions, tmp_path: Path
+) -> None:
+    CompiledModel(graph, options).build()
+    elsewhere = dataclasses.replace(options, cache_path=tmp_path / "elsewhere")
+    CompiledModel(graph, elsewhere).build()
+    assert [path.name for path in sorted((options.cache_path / "compiled").iterdir())] == [
+        path.name for path in sorted((elsewhere.cache_path / "compiled").iterdir())
+    ]
 
 
 def test_another_kernel_or_pass_is_another_artifact(graph: StepGraph, options: CompileOptions) -> None:

@@ -38,7 +38,7 @@ START_TIMEOUT_S = 300
 
 
 class Prompts:
-    """Token prompts cut from one long real text; none is ever given out twice."""
+    """Token prompts cut from one long real text; none is given out twice until the text is used up."""
 
     def __init__(self, tokenizer: Tokenizer):
         texts = (

@@ -7,6 +7,7 @@ Python, the processor's abilities, the C++ compiler's options, the kernels' sour
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def _environment() -> tuple[str, ...]:
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         _cpu_flags(),
+        f"{torch.get_num_threads()} of {os.cpu_count()} threads",  # inductor writes serial code for one, and sizes scratch by it
     )
 
 

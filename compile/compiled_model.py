@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.export import ExportedProgram
 from toka.compile import artifact, lower
 from toka.compile.passes.select_kernels import ChosenKernel, KernelChooser
 from toka.compile.pipeline import PASSES, PassContext, run_passes
-from toka.compile.step_graph import Call, StepGraph
+from toka.compile.step_graph import Call, Region, StepGraph
 from toka.compile.trace import trace
 from toka.errors import LateCompileError
 
@@ -47,7 +48,7 @@ class BuiltRegion:
 class CompiledModel:
     """Runs a StepGraph. Life: `build` → `bind` → `run` (any bucket, to warm it) → `freeze` → `run`.
 
-    After `freeze` a compile of anything in this process, by us or by torch, is counted in `compiles_after_freeze` and logged as an
+    After `freeze` a compile by us or by torch.compile anywhere in this process is counted in `compiles_after_freeze` and logged as an
     error; `build` refuses outright. A served request never pays for our mistake with its life, but every test looks at the counter.
     """
 
@@ -65,12 +66,12 @@ class CompiledModel:
         if self._frozen:
             self._late("build() was called")
             raise LateCompileError("build() after freeze()")
-        return [self._build_region(region.name, on_region) for region in self.graph.regions]
+        return [self._build_region(region, on_region) for region in self.graph.regions]
 
-    def _build_region(self, name: str, on_region: Callable[[str], None]) -> BuiltRegion:
+    def _build_region(self, region: Region, on_region: Callable[[str], None]) -> BuiltRegion:
+        name = region.name
         on_region(name)
         began = time.perf_counter()
-        region = next(region for region in self.graph.regions if region.name == name)
         context = PassContext(self._options.choose_kernel, self.chosen_kernels)
         program = run_passes(trace(region, self._options.device), context).program
         cached = False
@@ -84,10 +85,15 @@ class CompiledModel:
         passes = " ".join(f"{each.name}={each.version}" for each in PASSES)
         key = artifact.fingerprint(program, passes, self._options.kernels_fingerprint)
         path = artifact.region_path(self._options.cache_path, name, key)
-        cached = path.exists()
-        if not cached:
-            lower.compile_to_file(program, path)
-        return lower.load_compiled(path), cached
+        if path.exists():
+            try:
+                return lower.load_compiled(path), True
+            except RuntimeError as error:
+                log.warning(
+                    "the cached %s is damaged (%s); compiling it again", path.name, str(error).splitlines()[0][:200]
+                )
+        lower.compile_to_file(program, path)
+        return lower.load_compiled(path), False
 
     def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Give the model its tensors, by the names that the graph's calls use."""
@@ -98,10 +104,16 @@ class CompiledModel:
 
     def freeze(self) -> None:
         """From now on a compile is a bug: see the class."""
-        torch._dynamo.callback.callback_handler.register_start_callback(
-            lambda args: self._late(f"torch compiled {args}")
-        )
         self._frozen = True
+        weak = weakref.ref(self)  # the hook is the process's; it must not keep the weights alive
+
+        def on_compile(args: object) -> None:
+            if (model := weak()) is not None:
+                model._late(f"torch compiled {args}")
+
+        hooks = torch._dynamo.callback.callback_handler
+        hooks.register_start_callback(on_compile)
+        weakref.finalize(self, hooks.remove_start_callback, on_compile)
 
     def _late(self, what: str) -> None:
         self.compiles_after_freeze += 1

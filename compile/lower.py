@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import subprocess
@@ -43,7 +42,7 @@ def compile_to_file(program: ExportedProgram, path: Path) -> None:
             options = dict(INDUCTOR_OPTIONS)  # inductor adds to what it is given
             aoti_compile_and_package(program, package_path=str(unfinished), inductor_configs=options)
         os.replace(unfinished, path)
-    except (subprocess.CalledProcessError, RuntimeError) as error:
+    except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
         last = str(error).strip().splitlines()[-1:] or ["no message"]
         raise ConfigError(
             f"the compiler failed on {path.stem}: {last[0][:300]}. Check the C++ compiler (CXX), or start with torch_compile=F"
@@ -66,4 +65,4 @@ def eager(program: ExportedProgram) -> RegionCode:
     def run(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         return tuple(module(*tensors))
 
-    return functools.wraps(module.forward)(run)
+    return run

@@ -19,7 +19,7 @@ from toka.compile.trace import TracedRegion
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes may ask about: how kernels are chosen, and where they note what they did (for `explain`)."""
+    """What passes may ask about: how kernels are chosen, and where they note what they chose."""
 
     choose_kernel: KernelChooser
     chosen: list[ChosenKernel]

@@ -1,7 +1,7 @@
 """Everything that can be set, frozen (floor 0). `Config` is what the user says, `ResolvedConfig` what will be done.
 
 This file alone reads os.environ. Environment variables: TOKA_CACHE moves the cache directory, TOKA_API_KEY sets the API key,
-CXX names the C++ compiler, HF_HUB_OFFLINE=1 forbids the hub.
+CXX names the C++ compiler, HF_HUB_OFFLINE=1 forbids the hub; OMP_NUM_THREADS, OMP_WAIT_POLICY and GOMP_SPINCOUNT win over our choice.
 """
 
 from __future__ import annotations
@@ -237,6 +237,9 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
                 f"max_num_tokens_per_request={config.max_num_tokens_per_request}: the model's context is {context} tokens"
             )
         context = config.max_num_tokens_per_request
+    if context < 2:
+        raise ConfigError(f"a request needs room for 2 tokens, max_num_tokens_per_request allows {context}")
+    max_tokens = max(max_seqs, min(max_tokens, max_seqs * (context - 1)))  # no step can have more
     return ResolvedConfig(
         device=device.kind,
         dtype=_resolve_dtype(config.dtype, hf_config, device),
@@ -267,16 +270,26 @@ def _resolve_dtype(wanted: str, hf_config: dict[str, Any], device: DeviceFacts) 
 
 
 def find_cxx() -> str | None:
-    """The C++ compiler's path: $CXX, else the first of c++, g++, clang++ on PATH; None if there is none."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
+    """The C++ compiler's path: $CXX, else the first of c++, g++, clang++ on PATH; None if there is none.
+
+    ConfigError if $CXX names nothing that can be run.
+    """
+    if wanted := os.environ.get("CXX"):
+        path = shutil.which(wanted)
+        if path is None:
+            raise ConfigError(f"CXX={wanted}: no such command; set CXX to the path of a C++ compiler, or unset it")
+        return path
+    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
 def num_available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Cores that this process may use: its affinity, within the container's CPU quota (rounded up)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
 def hub_offline() -> bool:
@@ -295,4 +308,6 @@ def set_engine_environment(resolved_threads: int, cache_path: Path) -> None:
     if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = "10000"
     os.environ.setdefault("OMP_NUM_THREADS", str(resolved_threads))
+    if cxx := find_cxx():
+        os.environ["CXX"] = cxx  # inductor then uses the compiler that builds the kernels
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path / "inductor"))

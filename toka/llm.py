@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 
+_SERVER_FLAGS = {
+    "served_model_name",
+    "host",
+    "port",
+    "api_key",
+    "max_queued_requests",
+    "drain_timeout_s",
+    "stats_report_seconds",
+    "uvicorn_log_level",
+    "log_level",
+}
+
 
 @dataclasses.dataclass
 class Completion:
@@ -43,7 +55,8 @@ class RequestOutput:
 
 
 class LLM:
-    """A model, loaded, compiled and warm. Not thread-safe. Flags are those of `toka key=value`, as keyword arguments.
+    """A model, loaded, compiled and warm. Not thread-safe. Flags are those of `toka key=value`, as keyword arguments, but for the server's.
+    Make it before anything imports torch, or set OMP_NUM_THREADS and GOMP_SPINCOUNT yourself: torch reads them once.
 
     Raises ConfigError for a wrong flag, checkpoint or machine. Call `close()` (or use `with`) to free the model.
     """
@@ -52,6 +65,8 @@ class LLM:
         known = {spec.name for spec in dataclasses.fields(Config)}
         if unknown := sorted(flags.keys() - known):
             raise ConfigError(f"unknown flag {unknown[0]!r}")
+        if useless := sorted(flags.keys() & _SERVER_FLAGS):
+            raise ConfigError(f"{useless[0]} is a flag of the server; LLM has no use for it")
         config = Config(model=model, **flags).check()
         cache = config.cache_path()
         set_engine_environment(config.num_threads or num_available_cores(), cache)
@@ -70,8 +85,9 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stop the step thread; the object is of no further use."""
+        """Stop the step thread and free the model; the object is of no further use."""
         self._engine.shutdown()
+        del self._engine
 
     def stats(self) -> EngineStats:
         """Gauges and counters of the engine since it was built."""

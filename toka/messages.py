@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other: small msgspec structs, arrays as bytes (floor 1, no torch).
 
-Down go Submit, Abort, Ping, Drain and Shutdown; up come Ready, StepOutputs, Rejected, Pong and Fatal. Each ZeroMQ message is one
+Down go Submit, Abort, Ping and Shutdown; up come Ready, StepOutputs, Rejected, Pong and Fatal. Each ZeroMQ message is one
 msgpack-encoded struct; the tag says which. Token ids travel as little-endian int32 bytes, never as lists of Python ints.
 """
 
@@ -68,6 +68,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     """Sent once: the warmup is over and the engine is frozen. Sizes in tokens unless named otherwise.
 
     max_request_tokens: prompt + output that one request can hold (context and KV cache both considered).
+    longest_step_s: how long the largest step took.
     startup_s: seconds per warmup phase, in order. report: the warmup report as a JSON-able dict.
     """
 
@@ -78,6 +79,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     block_size: int
     dtype: str
     device: str
+    longest_step_s: float
     startup_s: dict[str, float]
     report: dict[str, object]
 

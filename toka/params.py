@@ -21,7 +21,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: before so many tokens no end-of-sequence or stop token can be drawn and no stop string ends the request.
     temperature: 0 = greedy. top_k: 0 = off. top_p: 1 = off. min_p: 0 = off, else drop tokens whose probability is below
         min_p times that of the likeliest token. Filters apply in this order: temperature, top_k, top_p, min_p.
-    seed: same seed, same prompt, same settings = same tokens, whatever else runs; None = drawn per request.
+    seed: same seed, same prompt, same settings = same draws, whatever else runs (a token can differ only where rounding in the model's
+        products, which changes with the batch, moves a draw across the border between two tokens); None = drawn per request.
     stop: strings that end the text, not part of it. stop_token_ids: token ids that end it (at most 16).
     ignore_eos: go on past the model's own end-of-sequence tokens.
     """

@@ -25,7 +25,7 @@ class MemoryTable:
 def num_kv_blocks(config: ResolvedConfig, shape: KVCacheShape, available_bytes: int) -> int:
     """Blocks of the KV cache: what the flag says, else the share of `available_bytes` that the configuration allows.
 
-    Never more than all requests of a full step could fill at once. ConfigError if not even one request of a block fits.
+    Never more than all requests of a full step could fill at once. ConfigError if not even two blocks fit.
     """
     blocks_per_request = -(-config.max_context_tokens // config.block_size)
     if config.kv_cache_num_tokens is not None:
@@ -53,7 +53,7 @@ def available_memory_bytes() -> int:
     available = int(psutil.virtual_memory().available)
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
-        available = min(available, limit - used)
+        available = min(available, limit - used + _cgroup_page_cache())
     return max(available, 0)
 
 
@@ -71,6 +71,15 @@ def _cgroup(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def _cgroup_page_cache() -> int:
+    """File pages that the group's limit counts but the system takes back at need."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 class PeakMemory:

@@ -14,7 +14,7 @@ from toka.warmup.memory import MemoryTable
 @dataclass
 class WarmupReport:
     """phases_s: seconds per phase in order. regions: (name, seconds, from the cache). buckets_us: tokens → run time of one pass over every
-    region. kernels: operator → chosen implementation and why.
+    region. longest_step_s: of the largest step, run whole. kernels: operator → chosen implementation and why.
     """
 
     phases_s: dict[str, float] = field(default_factory=dict)
@@ -22,6 +22,7 @@ class WarmupReport:
     buckets_us: dict[int, float] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     memory: MemoryTable | None = None
+    longest_step_s: float = 0.0
     num_kv_blocks: int = 0
     kv_tokens: int = 0
 

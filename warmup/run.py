@@ -7,10 +7,12 @@ import time
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 
 from toka.compile.compiled_model import CompiledModel, CompileOptions
 from toka.compile.passes.select_kernels import ChosenKernel
 from toka.config import ResolvedConfig
+from toka.errors import ConfigError
 from toka.kernels import registry
 from toka.kernels.cpp import build as cpp_build
 from toka.models.decoder import CausalLM
@@ -55,7 +57,7 @@ def warm_up(
         compiled = _compile(model, dtype, config, device, progress, report)
         shape = kv_cache_shape(model, dtype, config.block_size)
         runner = ModelRunner(compiled, _runner_sizes(limits), device)
-        activations = _measure(runner, shape, config, device, progress)
+        activations, report.longest_step_s = _measure(runner, shape, config, device, progress)
         with progress.phase("KV cache"):
             available = memory.available_memory_bytes()
             num_blocks = memory.num_kv_blocks(config, shape, available)
@@ -67,6 +69,8 @@ def warm_up(
     report.memory = memory.MemoryTable(weights, activations, cache.num_bytes, available - cache.num_bytes)
     report.num_kv_blocks, report.kv_tokens = num_blocks, num_blocks * config.block_size
     report.kernels = {chosen.op: f"{chosen.overload} ({chosen.reason})" for chosen in compiled.chosen_kernels}
+    if not quiet:
+        Console(stderr=True).print(report.to_text(), highlight=False)
     return WarmEngineParts(runner, num_blocks, report)
 
 
@@ -102,14 +106,16 @@ def _compile(
     report: WarmupReport,
 ) -> CompiledModel:
     kernels_fingerprint, families = "reference", {"reference"}
-    if config.cxx is not None or config.torch_compile:
+    try:
         with progress.phase("kernels"):
             library = cpp_build.build(config.cache_path, config.cxx, progress.detail)
             cpp_build.load(library)
             kernels_fingerprint = library.parent.name
             families.add("cpp")
-    else:
-        log.warning("no C++ compiler and torch_compile=F: the plain-torch reference kernels run, many times slower")
+    except ConfigError as error:
+        if config.torch_compile:
+            raise
+        log.warning("torch_compile=F runs on the plain-torch reference kernels, many times slower, since %s", error)
     graph = build_step_graph(model, dtype, config.block_size)
     options = CompileOptions(
         device=device,
@@ -135,16 +141,17 @@ def _choose(op: str, first_tensor: torch.Tensor, device: torch.device, families:
 
 def _measure(
     runner: ModelRunner, shape: KVCacheShape, config: ResolvedConfig, device: torch.device, progress: WarmupProgress
-) -> int:
-    """Run the largest step for real on a small cache; returns the memory it needed beside weights and cache, in bytes."""
+) -> tuple[int, float]:
+    """Run the largest step whole on a small cache; returns the bytes it needed beside weights and cache, and its seconds."""
     bucket = next(coverage.buckets(runner))
     num_blocks = bucket.num_rows + -(-bucket.num_tokens // config.block_size)
     runner.attach(KVCache(shape, num_blocks, device))
     with progress.phase("measure"):
         plan = coverage.dummy_plan(bucket, num_blocks, config.block_size, sampled=True)
+        began = time.perf_counter()
         with memory.PeakMemory() as peak:
             runner.run(plan)
-    return peak.num_bytes
+    return peak.num_bytes, time.perf_counter() - began
 
 
 def _run_buckets(

@@ -8,6 +8,7 @@ place whole, so that processes that start together, or one that dies half-way, h
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -26,13 +27,14 @@ SOURCE_DIR = Path(__file__).parent
 LIBRARY_NAME = "libtoka_kernels.so"
 
 _COMPILERS = ("c++", "g++", "clang++")
-_SHOWN_ERROR_LINES = 15
 _TORCH_INCLUDE = Path(torch.__file__).parent / "include"
 _TORCH_LIB = Path(torch.__file__).parent / "lib"
 # The stable headers of this torch version and later: the same code then runs on every torch that toka allows.
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020B000000000000"
 
 Progress = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -132,10 +134,13 @@ def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return
-    # The first errors say what is wrong; what follows mostly follows from them.
-    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
-    shown = "\n".join(lines[:_SHOWN_ERROR_LINES])
-    raise ConfigError(f"{command[0]} could not build {what} (status {done.returncode}):\n{shown}")
+    log.error("%s:\n%s", " ".join(command), done.stderr)
+    lines = (
+        [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        or done.stderr.splitlines()
+        or ["no message"]
+    )
+    raise ConfigError(f"{command[0]} could not build {what} (status {done.returncode}): {lines[0][:300]}")
 
 
 def _move_into_place(finished: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ def test_ladder_covers_every_size(limit: int) -> None:
 
 @pytest.mark.parametrize("limit", [64, 512, 1024, 8192])
 def test_mean_padding_is_small(limit: int) -> None:
-    assert mean_padding(ladder(limit)) <= 0.07
+    assert mean_padding(ladder(limit)) <= 0.05
 
 
 def test_alignment() -> None:

@@ -43,7 +43,14 @@ FLOORS = {
     "log": 0,
 }
 VALUE_FLOORS = (0, 1)  # the small value modules at the bottom may use each other
-TORCH_FREE = {"cli", "server", "scheduler", "text", *(name for name, floor in FLOORS.items() if floor in VALUE_FLOORS)}
+TORCH_FREE = {
+    "cli",
+    "client",
+    "server",
+    "scheduler",
+    "text",
+    *(name for name, floor in FLOORS.items() if floor in VALUE_FLOORS),
+}
 
 
 def rooms() -> dict[str, list[Path]]:
@@ -75,7 +82,6 @@ def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def test_every_room_has_a_floor() -> None:
-    assert set(rooms()) == {name for name in FLOORS if name in rooms()}
     assert not set(rooms()) - set(FLOORS)
 
 

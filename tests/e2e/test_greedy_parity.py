@@ -25,12 +25,19 @@ def assert_all_greedy(reference, prompts, outputs, what) -> None:
         reference.assert_greedy(prompt, output.completions[0].token_ids, what)
 
 
-def test_alone_together_and_from_the_cache(smollm2_llm: LLM, smollm2_reference, prompts: list[list[int]]) -> None:
-    alone = [smollm2_llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts[:4]]
+def test_alone_together_and_from_the_cache(
+    smollm2_llm: LLM, smollm2_reference, prompts: list[list[int]], questions: list[str]
+) -> None:
+    alone = [smollm2_llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
     assert all(output.num_cached_tokens == 0 for output in alone)
-    assert_all_greedy(smollm2_reference, prompts[:4], alone, "alone")
-    together = smollm2_llm.generate(prompts, GREEDY, use_tqdm=False)
-    assert_all_greedy(smollm2_reference, prompts, together, "together")
+    assert_all_greedy(smollm2_reference, prompts, alone, "alone")
+    fresh = [
+        smollm2_llm.tokenizer.encode(f"Problem {i}: {question}\nSolution:")
+        for i, question in enumerate(questions[:NUM_PROMPTS])
+    ]
+    together = smollm2_llm.generate(fresh, GREEDY, use_tqdm=False)
+    assert all(output.num_cached_tokens == 0 for output in together)
+    assert_all_greedy(smollm2_reference, fresh, together, "together")
     again = smollm2_llm.generate(prompts, GREEDY, use_tqdm=False)
     assert all(output.num_cached_tokens == (len(output.prompt_token_ids) - 1) // 16 * 16 for output in again)
     assert_all_greedy(smollm2_reference, prompts, again, "from the prefix cache")

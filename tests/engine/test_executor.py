@@ -47,4 +47,5 @@ def test_a_failing_step_raises_where_it_is_waited_for() -> None:
     executor.launch(plan(-1))
     with pytest.raises(RuntimeError, match="on fire"):
         executor.wait()
+    assert executor.num_in_flight == 1  # nothing is lost: whoever catches it can still see what was under way
     executor.shutdown()

@@ -121,7 +121,7 @@ def test_before_ready_requests_get_503(start_server) -> None:
 
 
 def test_an_engine_that_hangs_is_not_healthy(start_server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toka.server.health.HEALTH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("toka.server.health.MIN_HEALTH_TIMEOUT_S", 0.2)
     server = start_server(Behaviour(deaf_to_ping=True))
     started = time.monotonic()
     assert server.get("/health").status_code == 503

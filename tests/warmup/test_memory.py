@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toka.config import ResolvedConfig
+from toka.config import Config, DeviceFacts, ResolvedConfig, resolve
 from toka.errors import ConfigError
 from toka.runner.kv_cache import KVCacheShape
 from toka.warmup.memory import PeakMemory, available_memory_bytes, num_kv_blocks, total_memory_bytes
@@ -60,6 +60,12 @@ def test_the_flag_must_fit() -> None:
 def test_no_memory_left() -> None:
     with pytest.raises(ConfigError, match="no memory is left"):
         num_kv_blocks(config(), SHAPE, available_bytes=SHAPE.bytes_per_block)
+
+
+def test_a_step_is_no_larger_than_its_requests_allow() -> None:
+    facts = DeviceFacts(kind="cpu", native_bfloat16=False, total_memory_bytes=2**33, num_cores=2)
+    flags = Config(max_seqs_per_forward=4, max_num_tokens_per_request=100)
+    assert resolve(flags, {"max_position_embeddings": 8192}, facts).max_tokens_per_forward == 4 * 99
 
 
 def test_the_machine_has_memory() -> None:

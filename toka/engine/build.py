@@ -53,6 +53,7 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
         block_size=resolved.block_size,
         dtype=resolved.dtype,
         device=resolved.device,
+        longest_step_s=warm.report.longest_step_s,
         startup_s=warm.report.phases_s,
         report=warm.report.to_dict(),
     )

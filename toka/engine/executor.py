@@ -50,7 +50,9 @@ class LocalExecutor:
         self._steps.append(self._thread.submit(self._runner.run, plan))
 
     def wait(self) -> StepResult:
-        return self._steps.popleft().result()
+        result = self._steps[0].result()  # an interrupt or error here leaves the step in flight
+        self._steps.popleft()
+        return result
 
     def shutdown(self) -> None:
         self._thread.shutdown(cancel_futures=True)

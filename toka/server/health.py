@@ -9,7 +9,8 @@ from toka.metrics import CONTENT_TYPE
 from toka.server.engine_client import RETRY_AFTER_S
 from toka.server.serving import VERSION, serving_of
 
-HEALTH_TIMEOUT_S = 10.0  # more than the longest step takes
+MIN_HEALTH_TIMEOUT_S = 10.0
+_STEPS_OF_PATIENCE = 4  # an engine answers between steps, of which several of the longest may be under way
 _STATS_TIMEOUT_S = 1.0
 
 router = APIRouter()
@@ -21,7 +22,8 @@ async def health(request: Request) -> dict[str, str]:
     engine = serving_of(request).engine
     if engine.dead is None and engine.ready is None:
         raise CapacityError("The engine is warming up.", status=503, retry_after_s=RETRY_AFTER_S)
-    await engine.ping(HEALTH_TIMEOUT_S)
+    longest_step_s = 0.0 if engine.ready is None else engine.ready.longest_step_s
+    await engine.ping(max(MIN_HEALTH_TIMEOUT_S, _STEPS_OF_PATIENCE * longest_step_s))
     return {"status": "ok"}
 
 

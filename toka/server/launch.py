@@ -38,6 +38,7 @@ _REPLIES_LEAVE_S = 2.0  # for replies and error chunks on their way when the ser
 _ENGINE_LEAVES_S = 5.0  # for the engine to exit when asked
 _LINGER_AFTER_DEATH_S = 1.0  # in which /health tells why, before the process exits
 _KEEP_ALIVE_S = 75
+_BACKLOG = 2048
 
 
 def serve(config: Config, *, engine_target: str = ENGINE_TARGET) -> int:
@@ -77,6 +78,7 @@ def _listen(config: Config) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen(_BACKLOG)  # at once, for until then a second server could bind the same port
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from error
@@ -135,7 +137,7 @@ class _ServerRun:
             asyncio.create_task(self._report_stats()),
         ]
         try:
-            await _first_of(self._stop_asked.wait(), self._engine.gone.wait())
+            await _first_of(self._stop_asked.wait(), self._engine.gone.wait(), asyncio.wait({background[0]}))
             if not self._engine.gone.is_set():
                 await self._drain()
             return await self._shut_down(http, background[0])

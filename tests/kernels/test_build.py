@@ -56,7 +56,7 @@ def test_no_compiler_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_broken_source_is_reported_and_leaves_nothing(tmp_path: Path, small_source_dir: Path) -> None:
     (small_source_dir / "small.cpp").write_text("int answer() { return undeclared_name; }\n")
-    with pytest.raises(ConfigError, match=r"could not build small\.cpp .*\n.*undeclared_name"):
+    with pytest.raises(ConfigError, match=r"could not build small\.cpp .*undeclared_name"):
         build(tmp_path, source_dir=small_source_dir)
     assert not list((tmp_path / "kernels").iterdir())
 

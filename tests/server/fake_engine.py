@@ -116,6 +116,7 @@ class FakeEngine:
             block_size=16,
             dtype="float32",
             device="cpu",
+            longest_step_s=0.01,
             startup_s={"load": 0.5, "compile": 1.5},
             report={},
         )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,9 @@ def test_the_machine_has_memory() -> None:
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:
-    with PeakMemory() as peak:
-        block = torch.ones(64 * 2**20, dtype=torch.uint8)
-        del block
-    assert 60 * 2**20 < peak.num_bytes < 200 * 2**20
+    with (
+        PeakMemory() as peak,
+        mmap.mmap(-1, 64 * 2**20) as pages,
+    ):  # fresh pages: an allocator may hand out what is resident already
+        pages.write(b"x" * len(pages))
+    assert 60 * 2**20 < peak.num_bytes < 400 * 2**20

@@ -13,9 +13,21 @@ paged_attention: causal attention of query_THD [T, Hq, D] over the cache; return
 sample: draws one token id a row from logits_RV; returns int32 [R], and sets last_token[row] of every row >= 0. Tables of
     [max_rows]: temperature, top_p, min_p float32; top_k, held_back_until, last_token int32; seed int64;
     held_back_ids int32 [max_rows, 16]. The position of the token to be drawn is seq_lens_R[i]. See reference/sample.py.
+rope_write_kv: turns queries and keys by their tokens' angles (rotate-half, as models/rope.py), stores keys and values as write_kv
+    does, returns the turned queries, contiguous [T, Hq, D]. cos_TF, sin_TF [T, D / 2] in the query's dtype.
+linear: x_NI · weight_OIᵀ + bias_O → [N, O]; sums in float32, in an order that does not depend on N.
+pack_linear: weight_OI [O, I] → the same numbers as panels of PANEL_WIDTH output features, [ceil(O / PANEL_WIDTH), I, PANEL_WIDTH], zeros
+    beyond O: panel[p, i, l] = weight[p * PANEL_WIDTH + l, i]. Runs once, when weights are loaded.
+linear_packed: `linear` over packed panels; out_features = O. embedding_packed: rows ids_N of the weight that was packed → [N, I].
+merge_attention: attention over several disjoint sets of keys, joined (log-sum-exp): output_STHD float32 and lse_STH float32 (natural
+    logarithm of the sum of exponentials, -inf = no key) of S parts → output [T, H, D] float32, lse [T, H] float32.
+sparse_logits: dot products of each hidden state with K rows of the head only: hidden_NC, weight_VC, ids_NK int32 → float32 [N, K];
+    an id of -1 gives -inf.
 """
 
 from __future__ import annotations
+
+PANEL_WIDTH = 32
 
 SCHEMAS: dict[str, str] = {
     "write_kv": (
@@ -29,4 +41,14 @@ SCHEMAS: dict[str, str] = {
         "(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
         "Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor(a!) last_token) -> Tensor"
     ),
+    "rope_write_kv": (
+        "(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor cos_TF, Tensor sin_TF, Tensor(a!) key_cache, "
+        "Tensor(b!) value_cache, Tensor slots_T) -> Tensor"
+    ),
+    "linear": "(Tensor x_NI, Tensor weight_OI, Tensor? bias_O) -> Tensor",
+    "pack_linear": "(Tensor weight_OI) -> Tensor",
+    "linear_packed": "(Tensor x_NI, Tensor panels_PIL, Tensor? bias_O, int out_features) -> Tensor",
+    "embedding_packed": "(Tensor ids_N, Tensor panels_PIL) -> Tensor",
+    "merge_attention": "(Tensor output_STHD, Tensor lse_STH) -> (Tensor, Tensor)",
+    "sparse_logits": "(Tensor hidden_NC, Tensor weight_VC, Tensor ids_NK) -> Tensor",
 }

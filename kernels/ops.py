@@ -2,7 +2,8 @@
 
 `toka::x` is the operator that models and the step program call; its implementation is the plain-torch reference, so a traced graph
 runs anywhere, without a compiler. `toka_cpp::x` has the same schema and fake; its implementation comes with the library that
-`kernels.cpp.build` compiles and loads. A compiler pass swaps one for the other (see registry.py).
+`kernels.cpp.build` compiles and loads, that of `toka_triton::x` with `kernels.triton.library`. A compiler pass swaps one for the
+other (see registry.py).
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from toka.kernels.op_schema import SCHEMAS
+from toka.kernels.op_schema import PANEL_WIDTH, SCHEMAS
+from toka.kernels.reference.linear import embedding_packed, linear, linear_packed, pack_linear, sparse_logits
+from toka.kernels.reference.merge_attention import merge_attention
 from toka.kernels.reference.paged_attention import paged_attention
+from toka.kernels.reference.rope_write_kv import rope_write_kv
 from toka.kernels.reference.sample import sample
 from toka.kernels.reference.write_kv import write_kv
 
 REFERENCE_NAMESPACE = "toka"
-FAST_NAMESPACES = ("toka_cpp",)
+FAST_NAMESPACES = ("toka_cpp", "toka_triton")
 
 
 def _fake_write_kv(key_THD: Tensor, value_THD: Tensor, key_cache: Tensor, value_cache: Tensor, slots_T: Tensor) -> None:
@@ -33,15 +37,57 @@ def _fake_sample(logits_RV: Tensor, rows_R: Tensor, *_: object) -> Tensor:
     return logits_RV.new_empty(rows_R.shape, dtype=torch.int32)
 
 
-_REFERENCES: dict[str, Callable[..., Tensor | None]] = {
+def _fake_rope_write_kv(query_THD: Tensor, *_: object) -> Tensor:
+    return query_THD.new_empty(query_THD.shape)
+
+
+def _fake_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return x_NI.new_empty((x_NI.shape[0], weight_OI.shape[0]))
+
+
+def _fake_pack_linear(weight_OI: Tensor) -> Tensor:
+    return weight_OI.new_empty((-(-weight_OI.shape[0] // PANEL_WIDTH), weight_OI.shape[1], PANEL_WIDTH))
+
+
+def _fake_linear_packed(x_NI: Tensor, panels_PIL: Tensor, bias_O: Tensor | None, out_features: int) -> Tensor:
+    return x_NI.new_empty((x_NI.shape[0], out_features))
+
+
+def _fake_embedding_packed(ids_N: Tensor, panels_PIL: Tensor) -> Tensor:
+    return panels_PIL.new_empty((ids_N.shape[0], panels_PIL.shape[1]))
+
+
+def _fake_merge_attention(output_STHD: Tensor, lse_STH: Tensor) -> tuple[Tensor, Tensor]:
+    return output_STHD.new_empty(output_STHD.shape[1:]), lse_STH.new_empty(lse_STH.shape[1:])
+
+
+def _fake_sparse_logits(hidden_NC: Tensor, weight_VC: Tensor, ids_NK: Tensor) -> Tensor:
+    return hidden_NC.new_empty(ids_NK.shape, dtype=torch.float32)
+
+
+_REFERENCES: dict[str, Callable[..., object]] = {
     "write_kv": write_kv,
     "paged_attention": paged_attention,
     "sample": sample,
+    "rope_write_kv": rope_write_kv,
+    "linear": linear,
+    "pack_linear": pack_linear,
+    "linear_packed": linear_packed,
+    "embedding_packed": embedding_packed,
+    "merge_attention": merge_attention,
+    "sparse_logits": sparse_logits,
 }
-_FAKES: dict[str, Callable[..., Tensor | None]] = {
+_FAKES: dict[str, Callable[..., object]] = {
     "write_kv": _fake_write_kv,
     "paged_attention": _fake_paged_attention,
     "sample": _fake_sample,
+    "rope_write_kv": _fake_rope_write_kv,
+    "linear": _fake_linear,
+    "pack_linear": _fake_pack_linear,
+    "linear_packed": _fake_linear_packed,
+    "embedding_packed": _fake_embedding_packed,
+    "merge_attention": _fake_merge_attention,
+    "sparse_logits": _fake_sparse_logits,
 }
 
 

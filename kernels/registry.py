@@ -1,7 +1,8 @@
 """Which implementation serves an operator: declared here once, chosen once when a graph is compiled, never at run time.
 
-An implementation belongs to a family (reference, cpp). The caller names the families that it can use (cpp only after
-`kernels.cpp.build.load`); among those that accept the device, the dtype and the shape, the highest priority wins.
+An implementation belongs to a family (reference, cpp, triton). The caller names the families that it can use (cpp only after
+`kernels.cpp.build.load`, triton only after `kernels.triton.library.load`); among those that accept the device, the dtype and the
+shape, the highest priority wins.
 """
 
 from __future__ import annotations
@@ -87,6 +88,18 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         traits=frozenset(Trait),
     ),
     Implementation("sample", "cpp", "toka_cpp", priority=10, devices=frozenset({"cpu"}), traits=frozenset(Trait)),
+    *(
+        Implementation(op, "reference", "toka", priority=0, traits=frozenset(Trait))
+        for op in (
+            "rope_write_kv",
+            "linear",
+            "pack_linear",
+            "linear_packed",
+            "embedding_packed",
+            "merge_attention",
+            "sparse_logits",
+        )
+    ),
 )
 
 

@@ -65,7 +65,7 @@ def test_a_failed_measurement_leaves_the_table_as_it_was(table: TuningTable) -> 
 def test_frozen_is_frozen(table: TuningTable) -> None:
     saved = table.to_json()
     table.freeze()
-    with pytest.raises(InvariantError, match="can't tune: .*frozen"):
+    with pytest.raises(InvariantError, match=r"can't tune: .*frozen"):
         table.tune("kernel", HOPPER, KEY, lambda parameters: 1.0)
     with pytest.raises(InvariantError, match="can't load a table"):
         table.load_json(saved)

@@ -1,11 +1,14 @@
-"""How many KV blocks fit in the memory that is left once everything else is there (floor 6)."""
+"""What a step takes, and how many KV blocks fit in the memory that is left once everything else is there (floor 6)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
+from torch.autograd import ProfilerConfig, ProfilerState
 
 from toka.config import ResolvedConfig
 from toka.errors import ConfigError
@@ -14,12 +17,47 @@ from toka.runner.kv_cache import KVCacheShape
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """Where the memory goes, in bytes. activations: measured over the largest step. headroom: what is left to the rest of the machine."""
+    """Where the memory goes, in bytes; the same table for what the warmup measured and for what `toka plan` foretells.
+
+    weights: the model's tensors as the step uses them. tables: inputs and per-request tables that stay on the device. activations: tensors
+    that the largest step allocates, at their highest. graph_pools: what captured graphs keep for themselves. workspace: what kernels
+    and libraries take beside tensors. headroom: what is left to the rest of the machine.
+    """
 
     weights: int
     activations: int
     kv_cache: int
     headroom: int
+    graph_pools: int = 0
+    workspace: int = 0
+    tables: int = 0
+
+    def rows(self) -> dict[str, int]:
+        """Name → bytes, in the order in which it is taken."""
+        names = ("weights", "tables", "activations", "graph_pools", "workspace", "kv_cache", "headroom")
+        return {name: int(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one step takes while it runs, in bytes. activation: PyTorch's tensors at their highest. workspace: anything else."""
+
+    activation_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.activation_bytes + self.workspace_bytes
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Size of these tensors, on whatever device (meta too); a tensor that is listed twice counts once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(each): each for each in tensors}.values())
+
+
+def room_for_kv_cache(available_bytes: int, step: StepMemory, graph_pools: int = 0) -> int:
+    """Bytes that the KV cache and the headroom can have, of those available once weights and tables are there."""
+    return max(available_bytes - step.total_bytes - graph_pools, 0)
 
 
 def num_kv_blocks(config: ResolvedConfig, shape: KVCacheShape, available_bytes: int) -> int:
@@ -80,6 +118,53 @@ def _cgroup_page_cache() -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def measure_step(run: Callable[[], object], device: torch.device) -> StepMemory:
+    """Run a step and measure what it takes beyond what this process holds already. The step must run on the calling thread.
+
+    On CPU the tensors' bytes are those that PyTorch's allocator reports, to the byte; the workspace is what resident memory grew by
+    beyond them (scratch of MKL and of our kernels, stacks of threads that were started). On CUDA the step runs twice, since libraries keep
+    what they take from PyTorch's allocator at their first use; both figures are those of the device.
+    """
+    if device.type == "cuda":
+        return _measure_on_cuda(run, device)
+    with PeakMemory() as resident:
+        activation_bytes = peak_of_cpu_tensors(run)
+    return StepMemory(activation_bytes, max(resident.num_bytes - activation_bytes, 0))
+
+
+def peak_of_cpu_tensors(run: Callable[[], object]) -> int:
+    """Bytes of CPU tensors that `run` allocates on this thread and holds at once, at their highest; compiled code included.
+
+    The figures are the allocator's own reports to PyTorch's profiler, of which nothing else is switched on.
+    """
+    settings = (ProfilerState.CPU, False, True, False, False, False)  # of these only profile_memory is wanted
+    torch.autograd._enable_profiler_legacy(ProfilerConfig(*settings, torch._C._profiler._ExperimentalConfig()))
+    try:
+        run()
+    finally:
+        events = [event for thread in torch.autograd._disable_profiler_legacy() for event in thread]
+    now = peak = 0
+    for event in events:
+        if event.kind() == "memory_alloc":  # also a release, which is negative
+            now += event.cpu_memory_usage()
+            peak = max(peak, now)
+    return peak
+
+
+def _measure_on_cuda(run: Callable[[], object], device: torch.device) -> StepMemory:
+    torch.cuda.synchronize(device)
+    free_before, _ = torch.cuda.mem_get_info(device)
+    run()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    activation_bytes = torch.cuda.max_memory_allocated(device) - before
+    free_after, _ = torch.cuda.mem_get_info(device)  # PyTorch keeps what it has freed, so this is the step's peak
+    return StepMemory(activation_bytes, max(free_before - free_after - activation_bytes, 0))
 
 
 class PeakMemory:

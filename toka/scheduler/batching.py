@@ -71,13 +71,17 @@ class Chunk:
 
 
 class Filled(NamedTuple):
-    """Rows intp [F] that begin a new block in a step, so that their block number places[i] (int32 [F]) is full after it."""
+    """Rows intp [F] that begin a new block in a step, so that their block number places[i] (int32 [F]) is full after it.
+
+    generations int32 [F]: those of the rows when the step was planned.
+    """
 
     rows: Rows
     places: I32
+    generations: I32
 
 
-NONE_FILLED = Filled(np.empty(0, dtype=np.intp), np.empty(0, dtype=np.int32))
+NONE_FILLED = Filled(np.empty(0, dtype=np.intp), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32))
 
 
 @dataclass(slots=True)

@@ -51,11 +51,23 @@ class BlockPool:
         self._num_blank -= num_blank
         blocks = self._blank[self._num_blank : self._num_blank + num_blank][::-1].copy()
         if num_blank < count:
-            evicted = self._pop_least_recent(count - num_blank)
-            self._index.forget(evicted)
-            blocks = np.concatenate((blocks, evicted))
+            blocks = np.concatenate((blocks, self._evict(count - num_blank)))
         self._ref_counts[blocks] = 1
         return blocks
+
+    def keep_blank(self, wanted: int, max_evicted: int) -> None:
+        """Evict cached blocks, at most max_evicted of them, while fewer than `wanted` free ones are without content.
+
+        A little at a time before they are needed, so that no single `take` has to evict many.
+        """
+        count = min(wanted - self._num_blank, max_evicted, self._num_cached_free)
+        if count > 0:
+            self._push_blank(self._evict(count)[::-1])
+
+    def _evict(self, count: int) -> I32:
+        evicted = self._pop_least_recent(count)
+        self._index.forget(evicted)
+        return evicted
 
     def share(self, blocks: I32) -> None:
         """Lease blocks found in the prefix index once more; distinct, held by someone or free."""

@@ -1,8 +1,9 @@
-"""Which block holds the KV of which prefix: 128-bit keyed hashes, chained from block to block.
+"""Which block holds the KV of which prefix: 128-bit hashes, chained from block to block from a secret root.
 
-The key of a block is BLAKE2b over the key of the block before it and its own token ids, keyed with a secret of this
-process; the chain starts from a hash of the cache salt. So equal keys mean equal salt and equal tokens from the start
-(up to a chance of 2^-128 that nobody outside can steer), and no prefix is ever found under another salt.
+The key of a block is BLAKE2b over the key of the block before it and its own token ids; the chain starts from a hash of
+the cache salt, keyed with a secret of this process. Keys never leave the process, so nobody outside knows what is hashed
+before their own tokens: equal keys mean equal salt and equal tokens from the start (up to a chance of 2^-128 that nobody
+can steer), and no prefix is ever found under another salt.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ KEY_BYTES = 16
 class KeyChain:
     """The keys of one request's full blocks, each computed once."""
 
-    __slots__ = ("_block_size", "_secret", "keys")
+    __slots__ = ("_block_size", "keys")
 
     def __init__(self, secret: bytes, salt: str, block_size: int):
-        self._secret, self._block_size = secret, block_size
+        self._block_size = block_size
         root = blake2b(
             salt.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES, key=secret, person=b"cache salt"
         ).digest()
@@ -49,14 +50,15 @@ class KeyChain:
 
     def append(self, content: bytes) -> bytes:
         """Make the key of the next block known and return it; content: its token ids, int32 bytes."""
-        key = blake2b(self.keys[-1] + content, digest_size=KEY_BYTES, key=self._secret).digest()
-        self.keys.append(key)
+        keys = self.keys
+        key = blake2b(keys[-1] + content, digest_size=KEY_BYTES).digest()
+        keys.append(key)
         return key
 
     def fork(self) -> KeyChain:
         """An independent chain with the same keys so far (the samples of one prompt)."""
         other = object.__new__(KeyChain)
-        other._secret, other._block_size, other.keys = self._secret, self._block_size, self.keys.copy()
+        other._block_size, other.keys = self._block_size, self.keys.copy()
         return other
 
 
@@ -65,7 +67,7 @@ class PrefixIndex:
 
     def __init__(self, num_blocks: int):
         self._block_of: dict[bytes, int] = {}
-        self._key_of: list[bytes | None] = [None] * num_blocks
+        self._key_of = np.full(num_blocks, None, dtype=np.object_)  # bytes, or None where the block has no key
         self._is_cached = np.zeros(num_blocks, dtype=np.bool_)
 
     def __len__(self) -> int:
@@ -91,28 +93,32 @@ class PrefixIndex:
 
     def register(self, keys: list[bytes], blocks: I32) -> None:
         """Make full blocks findable. Where another block holds the same content already, that one stays the known one."""
-        block_of, key_of = self._block_of, self._key_of
+        taken = self._is_cached[blocks]
+        if np.count_nonzero(taken):
+            raise InvariantError(f"block {blocks[taken][0]} is in the prefix index already")
+        block_of = self._block_of
         numbers: list[int] = blocks.tolist()
-        for key, block in zip(keys, numbers, strict=True):
-            if key_of[block] is not None:
-                raise InvariantError(f"block {block} is in the prefix index already")
-            if key not in block_of:
-                block_of[key] = block
-                key_of[block] = key
-        self._is_cached[blocks] = [key_of[block] is not None for block in numbers]
+        known = [block_of.setdefault(key, block) for key, block in zip(keys, numbers, strict=True)]
+        if known != numbers:
+            first = np.array(known, dtype=np.int32) == blocks
+            blocks, keys = blocks[first], [key for key, kept in zip(keys, first.tolist(), strict=True) if kept]
+        self._key_of[blocks] = keys
+        self._is_cached[blocks] = True
 
     def forget(self, blocks: I32) -> None:
         """The content of these cached blocks is about to be overwritten."""
-        for block in blocks.tolist():
-            key = self._key_of[block]
-            if key is None:
-                raise InvariantError(f"block {block} is not in the prefix index")
-            del self._block_of[key]
-            self._key_of[block] = None
+        cached = self._is_cached[blocks]
+        if not cached.all():
+            raise InvariantError(f"block {blocks[~cached][0]} is not in the prefix index")
+        block_of = self._block_of
+        keys: list[bytes] = self._key_of[blocks].tolist()
+        for key in keys:
+            del block_of[key]
+        self._key_of[blocks] = None
         self._is_cached[blocks] = False
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless the two directions of the map agree."""
-        back = {key: block for block, key in enumerate(self._key_of) if key is not None}
+        back = {key: block for block, key in enumerate(self._key_of.tolist()) if key is not None}
         if back != self._block_of or np.flatnonzero(self._is_cached).tolist() != sorted(back.values()):
             raise InvariantError("the prefix index disagrees with itself")

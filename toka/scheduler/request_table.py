@@ -1,13 +1,15 @@
 """The running requests as columns: one numpy array a fact, one stable row a request.
 
 A row is taken when a request is admitted and given up when it settles. Its generation number changes whenever results
-that are still under way stop being wanted (the request was stopped or aborted, the row has a new owner), so a late
-result is recognised and dropped.
+that are still under way stop being wanted (the request was stopped or aborted, the row was given up), so a late result is
+recognised and dropped.
 
 Legend: M max_rows, S MAX_STOP_IDS_PER_ROW, B max_blocks_per_row, L max_tokens_per_request.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +51,12 @@ class RequestTable:
         self.token_room = np.zeros(rows, dtype=np.int32)
         self.num_registered_blocks = np.zeros(rows, dtype=np.int32)
         self.generation = np.zeros(rows, dtype=np.int32)
-        # An odd number of cache lines a row: rows a power of two apart would all fall into the same few sets of the cache.
-        # Pages are touched only as requests grow into them.
-        lines = -(-config.max_tokens_per_request // _CACHE_LINE_TOKENS) | 1
-        self.tokens = np.zeros((rows, lines * _CACHE_LINE_TOKENS), dtype=np.int32)
+        # Whole blocks and whole cache lines a row, an odd number of the least such unit: rows a power of two apart would all
+        # fall into the same few sets of the cache. Pages are touched only as requests grow into them.
+        unit = math.lcm(config.block_size, _CACHE_LINE_TOKENS)
+        width = (-(-config.max_tokens_per_request // unit) | 1) * unit
+        self.tokens = np.zeros((rows, width), dtype=np.int32)
+        self._token_blocks = self.tokens.reshape(rows, width // config.block_size, config.block_size)
         self.blocks = np.zeros((rows, config.max_blocks_per_row), dtype=np.int32)
         self.stop_ids = np.full((MAX_STOP_IDS_PER_ROW, rows), -1, dtype=np.int32)
         self._num_stop_ids = [0] * rows
@@ -67,14 +71,13 @@ class RequestTable:
 
     def take_row(self) -> int:
         """A row for a new owner. The caller has looked at num_free_rows."""
-        row = self._free_rows.pop()
-        self.drop_late_results(row)
-        return row
+        return self._free_rows.pop()
 
     def give_up_row(self, row: int) -> None:
         """No step in flight touches the row and its blocks are given back: the next request may have it."""
         if self.request_id[row] < 0:
             raise InvariantError(f"row {row} was given up twice")
+        self.drop_late_results(row)
         self.request_id[row] = -1
         self.token_room[row] = 0
         self.set_stop_ids(row, ())
@@ -115,9 +118,7 @@ class RequestTable:
 
     def block_contents(self, rows: Rows, places: I32) -> bytes:
         """Token ids of block number places[i] of rows[i], one after another; int32 bytes."""
-        columns = (places * np.int32(self.block_size))[:, None] + np.arange(self.block_size, dtype=np.int32)
-        contents: I32 = self.tokens[rows[:, None], columns]
-        return contents.tobytes()
+        return self._token_blocks[rows, places].tobytes()
 
     def append_blocks(self, rows: Rows, blocks: I32) -> I32:
         """Give one more block to each of these distinct rows; returns the columns they went to, int32 [C]."""

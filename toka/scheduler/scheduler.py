@@ -152,6 +152,7 @@ class Scheduler:
         decodes = self._decodes
         seq_lens, needy = self._next_seq_lens(decodes)
         num_needy = int(np.count_nonzero(needy))
+        self._pool.keep_blank(len(decodes), 1 + len(decodes) // self.config.block_size)
         if num_needy > self._pool.num_free:
             self._preempt_for(decodes.rows[needy])
             decodes = self._decodes_with_blocks()
@@ -161,7 +162,7 @@ class Scheduler:
         if num_needy:
             rows, blocks = decodes.rows[needy], self._pool.take(num_needy)
             columns = self._table.append_blocks(rows, blocks)
-            filled = Filled(rows, columns - np.int32(1))
+            filled = Filled(rows, columns - np.int32(1), decodes.generations[needy])
             changes.append(BlockTableChanges(rows=decodes.rows_i32[needy], columns=columns, blocks=blocks))
         self._table.num_computed_tokens[decodes.rows] = seq_lens
         return _DecodeStep(decodes, seq_lens, filled)
@@ -336,7 +337,7 @@ class Scheduler:
         if np.count_nonzero(stops):
             finish[stops] = FinishReason.STOP
             self._stop(rows[stops].tolist())
-        self._registrar.offer_filled(*step.filled, step.num_rows)
+        self._registrar.offer_filled(step.filled, step.num_rows)
         self._settle()
         return TokenOutputs(request_ids, sampled, finish, cached)
 

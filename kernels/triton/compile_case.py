@@ -16,6 +16,9 @@ class CompileCase:
 
     kernel: the `triton.jit` function. signature: argument → Triton's type ("*bf16", "i32", "fp32", ...), "constexpr" for constants.
     constants: values of the constants. num_warps, num_stages: as it is launched.
+    architectures: for which it is meant, for example (80, 90) for sm_80 and sm_90; empty = all.
+    unaligned: pointers and integers that are no multiples of 16 when the kernel is launched. Those that the kernel does not
+    specialise on (`do_not_specialize`, `do_not_specialize_on_alignment`) need not be named.
     """
 
     name: str
@@ -25,3 +28,11 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 2
     options: Mapping[str, Any] = field(default_factory=dict)
+    architectures: tuple[int, ...] = ()
+    unaligned: tuple[str, ...] = ()
+
+
+def signature_of(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, str]:
+    """The signature in the order of the arguments: `types` where it says so, "constexpr" for `constants`, "i32" for the rest."""
+    known = {**dict.fromkeys(constants, "constexpr"), **types}
+    return {name: known.get(name, "i32") for name in kernel.arg_names}

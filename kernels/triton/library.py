@@ -17,7 +17,10 @@ import toka.kernels.ops  # noqa: F401  (defines the operators that are implement
 from toka.errors import ConfigError
 
 # Operator → the module that holds it, below this package; its function is called like the operator.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "merge_attention": "merge_attention",
+    "paged_attention": "paged_attention",
+}
 
 
 def load() -> None:

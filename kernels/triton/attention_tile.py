@@ -46,6 +46,14 @@ def to_compute_dtype(x, dtype: tl.constexpr, FP8_BITS: tl.constexpr):
 
 
 @triton.jit
+def load_where(pointers, wanted, other: tl.constexpr, MASKED: tl.constexpr):
+    """Load all, or with MASKED only where wanted and `other` elsewhere."""
+    if MASKED:
+        return tl.load(pointers, mask=wanted, other=other)
+    return tl.load(pointers)
+
+
+@triton.jit
 def attend_keys(
     acc_MD,
     largest_M,
@@ -78,24 +86,19 @@ def attend_keys(
     read); else all queries see all keys, and `end` is a multiple of BLOCK_N.
     """
     dim_D = tl.arange(0, DIM_BLOCK)
+    in_head_D = dim_D < HEAD_DIM
+    PADDED: tl.constexpr = HEAD_DIM != DIM_BLOCK
     for start in range(begin, end, BLOCK_N):
         position_N = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            in_reach_N = (position_N < end) & (position_N >= first_visible)
-            block_N = tl.load(blocks_ptr + position_N // BLOCK_SIZE, mask=in_reach_N, other=0).to(tl.int64)
-        else:
-            block_N = tl.load(blocks_ptr + position_N // BLOCK_SIZE).to(tl.int64)
+        in_reach_N = (position_N < end) & (position_N >= first_visible)
+        block_N = load_where(blocks_ptr + position_N // BLOCK_SIZE, in_reach_N, 0, MASKED).to(tl.int64)
         offset_N = position_N % BLOCK_SIZE
-        key_DN_ptr = key_ptr + (block_N * key_block_stride + offset_N * key_token_stride)[None, :] + dim_D[:, None]
-        value_ND_ptr = (
-            value_ptr + (block_N * value_block_stride + offset_N * value_token_stride)[:, None] + dim_D[None, :]
+        key_N_ptr = key_ptr + block_N * key_block_stride + offset_N * key_token_stride
+        value_N_ptr = value_ptr + block_N * value_block_stride + offset_N * value_token_stride
+
+        key_DN = load_where(
+            key_N_ptr[None, :] + dim_D[:, None], in_reach_N[None, :] & in_head_D[:, None], 0.0, MASKED or PADDED
         )
-        if MASKED:
-            key_DN = tl.load(key_DN_ptr, mask=in_reach_N[None, :] & (dim_D < HEAD_DIM)[:, None], other=0)
-        elif HEAD_DIM != DIM_BLOCK:
-            key_DN = tl.load(key_DN_ptr, mask=(dim_D < HEAD_DIM)[:, None], other=0)
-        else:
-            key_DN = tl.load(key_DN_ptr)
         key_DN = to_compute_dtype(key_DN, query_MD.dtype, FP8_BITS)
         score_MN = tl.dot(query_MD, key_DN, input_precision="ieee") * scale_log2
         if MASKED:
@@ -111,12 +114,9 @@ def attend_keys(
         total_M = total_M * kept_M + tl.sum(weight_MN, 1)
         largest_M = new_largest_M
 
-        if MASKED:
-            value_ND = tl.load(value_ND_ptr, mask=in_reach_N[:, None] & (dim_D < HEAD_DIM)[None, :], other=0)
-        elif HEAD_DIM != DIM_BLOCK:
-            value_ND = tl.load(value_ND_ptr, mask=(dim_D < HEAD_DIM)[None, :], other=0)
-        else:
-            value_ND = tl.load(value_ND_ptr)
+        value_ND = load_where(
+            value_N_ptr[:, None] + dim_D[None, :], in_reach_N[:, None] & in_head_D[None, :], 0.0, MASKED or PADDED
+        )
         value_ND = to_compute_dtype(value_ND, query_MD.dtype, FP8_BITS)
         acc_MD = tl.dot(weight_MN.to(value_ND.dtype), value_ND, acc_MD * kept_M[:, None], input_precision="ieee")
     return acc_MD, largest_M, total_M

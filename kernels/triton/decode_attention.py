@@ -179,7 +179,7 @@ def combine_splits_kernel(
     _, _, num_splits = split_plan(seq_len, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
     if (num_queries == 1) & (num_splits > 1):
         place = (i.to(tl.int64) * NUM_HEADS + head) * MAX_SPLITS
-        output_D, _ = merge_parts(
+        output_D, _lse = merge_parts(
             partial_ptr + place * HEAD_DIM,
             partial_lse_ptr + place,
             num_splits,

@@ -1,123 +1,99 @@
-"""A step graph that can be built, warmed, frozen and run (floor 4)."""
+"""A step graph with its compiled code: bound, warmed, frozen, run (floor 4)."""
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import logging
-import time
+import sys
+import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch.export import ExportedProgram
 
-from toka.compile import artifact, lower
-from toka.compile.passes.select_kernels import ChosenKernel, KernelChooser
-from toka.compile.pipeline import PASSES, PassContext, run_passes
-from toka.compile.step_graph import Call, Region, StepGraph
-from toka.compile.trace import trace
-from toka.errors import LateCompileError
+from toka.compile import lower
+from toka.compile.artifact import Artifact
+from toka.compile.region_graph import Recipe, RegionGraph
+from toka.compile.step_graph import Call, StepGraph
+from toka.errors import InvariantError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CompileOptions:
-    """device: where the graph runs. compile: False runs it eagerly. cache_path: where compiled regions are kept.
+class LoadedRegion:
+    """A region's code, and how each parameter that it takes is made from the model's."""
 
-    choose_kernel: the registry's choice for an operator and dtype. kernels_fingerprint: changes when a kernel's source does.
-    """
-
-    device: torch.device
-    compile: bool
-    cache_path: Path
-    choose_kernel: KernelChooser
-    kernels_fingerprint: str
+    code: lower.RegionCode
+    recipes: tuple[Recipe, ...]
 
 
-@dataclass(frozen=True)
-class BuiltRegion:
-    """seconds: what building took; cached: whether the code was found in the cache."""
+def load_regions(artifact: Artifact, device: torch.device) -> dict[str, LoadedRegion]:
+    """An artifact's regions by name; its kernel libraries must be loaded already. RuntimeError if one cannot be loaded."""
+    return {
+        entry.name: LoadedRegion(lower.load_compiled(artifact.directory / entry.file, device), entry.recipes)
+        for entry in artifact.manifest.regions
+    }
 
-    name: str
-    seconds: float
-    cached: bool
+
+def eager_regions(graphs: Sequence[RegionGraph]) -> dict[str, LoadedRegion]:
+    """The same without a compiler: each graph is run node by node."""
+    return {graph.name: LoadedRegion(lower.eager(graph), tuple(graph.recipes)) for graph in graphs}
 
 
 class CompiledModel:
-    """Runs a StepGraph. Life: `build` → `bind` → `run` (any bucket, to warm it) → `freeze` → `run`.
+    """Runs a StepGraph. Life: `bind` → `run` (any bucket, to warm it) → `freeze` → `run`.
 
-    After `freeze` a compile by us or by torch.compile anywhere in this process is counted in `compiles_after_freeze` and logged as an
-    error; `build` refuses outright. A served request never pays for our mistake with its life, but every test looks at the counter.
+    After `freeze` a compile by torch.compile or inductor anywhere in this process is counted in `compiles_after_freeze` and logged as an
+    error. A served request never pays for our mistake with its life, but every test looks at the counter.
     """
 
-    def __init__(self, graph: StepGraph, options: CompileOptions):
+    def __init__(self, graph: StepGraph, regions: Mapping[str, LoadedRegion]):
         self.graph = graph
-        self.chosen_kernels: list[ChosenKernel] = []
         self.compiles_after_freeze = 0
-        self._options = options
-        self._frozen = False
-        self._code: dict[str, lower.RegionCode] = {}
+        self._regions = regions
         self._bound: list[_BoundCall] = []
 
-    def build(self, on_region: Callable[[str], None] = lambda name: None) -> list[BuiltRegion]:
-        """Trace, transform and lower every region, or load it from the cache. `on_region` hears each name before work on it begins."""
-        if self._frozen:
-            self._late("build() was called")
-            raise LateCompileError("build() after freeze()")
-        return [self._build_region(region, on_region) for region in self.graph.regions]
+    def bind(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Give the model its tensors, by the names that the graph's calls use.
 
-    def _build_region(self, region: Region, on_region: Callable[[str], None]) -> BuiltRegion:
-        name = region.name
-        on_region(name)
-        began = time.perf_counter()
-        context = PassContext(self._options.choose_kernel, self.chosen_kernels)
-        program = run_passes(trace(region, self._options.device), context).program
-        cached = False
-        if self._options.compile:
-            self._code[name], cached = self._load_or_compile(name, program)
-        else:
-            self._code[name] = lower.eager(program)
-        return BuiltRegion(name, time.perf_counter() - began, cached)
-
-    def _load_or_compile(self, name: str, program: ExportedProgram) -> tuple[lower.RegionCode, bool]:
-        passes = " ".join(f"{each.name}={each.version}" for each in PASSES)
-        key = artifact.fingerprint(program, passes, self._options.kernels_fingerprint)
-        path = artifact.region_path(self._options.cache_path, name, key)
-        if path.exists():
-            try:
-                return lower.load_compiled(path), True
-            except RuntimeError as error:
-                log.warning(
-                    "the cached %s is damaged (%s); compiling it again", path.name, str(error).splitlines()[0][:200]
-                )
-        lower.compile_to_file(program, path)
-        return lower.load_compiled(path), False
-
-    def bind(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Give the model its tensors, by the names that the graph's calls use."""
+        Takes the dict over and empties it: a tensor that only serves to make others (joined, packed) is freed as soon as they are
+        made, if the caller keeps no other reference.
+        """
+        recipes = {call: self._recipes_of(call) for call in self.graph.calls}
+        made = make_parameters([recipe for each in recipes.values() for recipe in each], parameters)
         self._bound = [
-            _BoundCall(self._code[call.region], [parameters[name] for name in call.parameters], call)
+            _BoundCall(self._regions[call.region].code, [made[recipe] for recipe in recipes[call]], call)
             for call in self.graph.calls
         ]
 
+    def _recipes_of(self, call: Call) -> list[Recipe]:
+        """The recipes of a call's parameters, in the model's names."""
+        [region] = [region for region in self.graph.regions if region.name == call.region]
+        names = dict(zip(region.parameter_names(), call.parameters, strict=True))
+        return [
+            Recipe(tuple(names[source] for source in recipe.sources), recipe.packing)
+            for recipe in self._regions[call.region].recipes
+        ]
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """All tensors that are bound, each once."""
+        return list({id(tensor): tensor for call in self._bound for tensor in call.parameters}.values())
+
     def freeze(self) -> None:
         """From now on a compile is a bug: see the class."""
-        self._frozen = True
         weak = weakref.ref(self)  # the hook is the process's; it must not keep the weights alive
 
         def on_compile(args: object) -> None:
             if (model := weak()) is not None:
-                model._late(f"torch compiled {args}")
+                model.compiles_after_freeze += 1
+                log.error("compile after ready: torch compiled %s", args)
 
-        hooks = torch._dynamo.callback.callback_handler
-        hooks.register_start_callback(on_compile)
-        weakref.finalize(self, hooks.remove_start_callback, on_compile)
-
-    def _late(self, what: str) -> None:
-        self.compiles_after_freeze += 1
-        log.error("compile after ready: %s", what)
+        weakref.finalize(self, _watch_compiles(on_compile))
 
     def warm(self, values: Mapping[str, torch.Tensor]) -> None:
         """Run every region once on a bucket's values: all code that a whole step would run, in a fraction of its time."""
@@ -144,3 +120,86 @@ class _BoundCall:
     def run(self, values: dict[str, torch.Tensor]) -> None:
         results = self.code([*self.parameters, *[values[name] for name in self.call.inputs]])
         values.update(zip(self.call.outputs, results, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+def make_parameters(recipes: Sequence[Recipe], loaded: dict[str, torch.Tensor]) -> dict[Recipe, torch.Tensor]:
+    """Every recipe's tensor; `loaded` gives each source up after its last reader."""
+    wanted = list(dict.fromkeys(recipes))
+    num_readers = Counter(source for recipe in wanted for source in recipe.sources)
+    made: dict[Recipe, torch.Tensor] = {}
+    for recipe in wanted:
+        made[recipe] = _make(recipe, loaded)
+        for source in recipe.sources:
+            num_readers[source] -= 1
+            if not num_readers[source]:
+                del loaded[source]
+    loaded.clear()
+    return made
+
+
+def _make(recipe: Recipe, loaded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    parts = [loaded[source] for source in recipe.sources]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if recipe.packing is None:
+        return joined
+    namespace, name = recipe.packing.split("::")
+    packed: torch.Tensor = getattr(getattr(torch.ops, namespace), name)(joined)
+    return packed
+
+
+# -------------------------------------------------------------------------------------------------------- late compiles
+
+_COMPILE_EVENTS = "torch._dynamo.callback"
+
+
+def _watch_compiles(on_compile: Callable[[object], None]) -> Callable[[], None]:
+    """Call on_compile at every compile of torch's in this process; returns what ends the watch.
+
+    A start from an artifact never imports the compiler, which takes seconds; then the watch begins when somebody does import it.
+    """
+    if _COMPILE_EVENTS in sys.modules:
+        return _subscribe(sys.modules[_COMPILE_EVENTS], on_compile)
+    finder = _OnImport(_COMPILE_EVENTS, lambda module: _subscribe(module, on_compile))
+    sys.meta_path.insert(0, finder)
+    return finder.cancel
+
+
+def _subscribe(module: types.ModuleType, on_compile: Callable[[object], None]) -> Callable[[], None]:
+    hooks = module.callback_handler
+    hooks.register_start_callback(on_compile)
+    return lambda: hooks.remove_start_callback(on_compile)
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Calls a function with a module once that is imported for the first time."""
+
+    def __init__(self, name: str, then: Callable[[types.ModuleType], Callable[[], None]]):
+        self._name, self._then = name, then
+        self._undo: Callable[[], None] | None = None
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            raise InvariantError(f"{name} is gone: compiles after ready cannot be counted with this torch")
+        loader, execute = spec.loader, spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            self._undo = self._then(module)
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+    def cancel(self) -> None:
+        if self._undo is not None:
+            self._undo()
+        elif self in sys.meta_path:
+            sys.meta_path.remove(self)

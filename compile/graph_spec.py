@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from toka.compile.region_graph import RegionGraph
 from toka.errors import InvariantError
 
-LEGAL_NAMESPACES = ("aten", "prim", "prims", "toka", "toka_cpp")
+LEGAL_NAMESPACES = ("aten", "prim", "prims", "toka", "toka_cpp", "toka_triton")
 
 # These wait for the device and hand a number to Python: legal nowhere in a step.
 HOST_SYNCS = (
@@ -22,26 +21,32 @@ HOST_SYNCS = (
 )
 
 
-def verify(program: ExportedProgram, region: str, after: str) -> None:
+def verify(graph: RegionGraph, after: str) -> None:
     """Raise InvariantError, naming region and pass, if the graph breaks a rule.
 
-    Rules: only operators of the legal namespaces (and Python's arithmetic on sizes), no host synchronisation, every tensor comes in as
-    an explicit input (no parameter or large constant hidden in the graph).
+    Rules: only operators of the legal namespaces (and Python's arithmetic on sizes); no host synchronisation; every tensor comes in as
+    an explicit input (no parameter or large constant hidden in the graph), one placeholder for each recipe and input; every node
+    has its fake value; every source of a parameter has placements, and sources that are joined have the same.
     """
-    for node in program.graph.nodes:
-        if complaint := _complaint(node, program):
-            raise InvariantError(f"region {region} after {after}: node {node.name}: {complaint}")
-    program.graph.lint()
+    for node in graph.module.graph.nodes:
+        if complaint := _complaint(node):
+            raise InvariantError(f"region {graph.name} after {after}: node {node.name}: {complaint}")
+    if complaint := _complaint_of_parameters(graph):
+        raise InvariantError(f"region {graph.name} after {after}: {complaint}")
+    graph.module.graph.lint()
 
 
-def _complaint(node: Node, program: ExportedProgram) -> str | None:
+def _complaint(node: Node) -> str | None:
     if node.op == "get_attr":
         return "reads a tensor that is not an input"
+    if node.op == "output":
+        return None
+    if "val" not in node.meta:
+        return "has no fake value"
     if node.op == "placeholder":
-        kinds = {spec.arg.name: spec.kind for spec in program.graph_signature.input_specs}
-        return None if kinds.get(node.name) is InputKind.USER_INPUT else "is a tensor hidden in the graph, not an input"
+        return None
     if node.op != "call_function":
-        return None if node.op == "output" else f"has the illegal kind {node.op}"
+        return f"has the illegal kind {node.op}"
     if node.target in HOST_SYNCS:
         return f"{node.target} makes the host wait for the device"
     if isinstance(node.target, torch._ops.OpOverload):
@@ -57,3 +62,15 @@ def _complaint(node: Node, program: ExportedProgram) -> str | None:
     ):
         return None
     return f"calls {node.target}, which is no operator"
+
+
+def _complaint_of_parameters(graph: RegionGraph) -> str | None:
+    if len(graph.placeholders) != len(graph.recipes) + len(graph.inputs):
+        return "the number of placeholders is not that of parameters and inputs"
+    for recipe in graph.recipes:
+        if missing := [source for source in recipe.sources if source not in graph.placements]:
+            return f"parameter {missing[0]} has no placements"
+        first = graph.placements[recipe.sources[0]]
+        if any(graph.placements[source] != first for source in recipe.sources):
+            return f"parameters of different placements are joined: {', '.join(recipe.sources)}"
+    return None

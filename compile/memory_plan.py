@@ -10,8 +10,8 @@ that are allocated before it and freed after their last reader. This module walk
   CPU an exponential). It is then computed just before the first reader that needs it.
 - A reduction is a buffer, and so is a concatenation, whose parts are computed in place.
 - A view takes nothing and keeps what it looks at alive.
-- A pointwise kernel writes over a buffer of its result's size and dtype that it reads last. A buffer that has been read for the last
-  time serves the next one of equal size and dtype if there is such a one later, and is not given back in between; else it is freed.
+- A pointwise kernel writes over a buffer of its result's size and dtype that it is the last to read. Any other buffer is freed after its
+  last reader: where the compiler holds on to one for later use, it sees to it that the peak stays what it was.
 - Buffers that a region returns live until the step overwrites their name (`CompiledModel.run`): the previous layer's hidden states stay
   while the next layer runs, rope angles and slots to the end of the step. Parameters and the caller's inputs are not counted.
 - Kernels may run in another order than the graph's: the compiler takes the order with the lowest peak out of three, and so does this.
@@ -33,6 +33,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from toka.compile.region_graph import Recipe, RegionGraph
 from toka.compile.step_graph import Region, StepGraph
 
 MAX_INLINE_READS = 4  # torch._inductor.config.realize_reads_threshold
@@ -59,8 +60,14 @@ def _bfloat16_product_on_cpu(given: Sequence[SizedTensor], returned: Sequence[Si
     return 4 * returned[0].numel + 128 if given[0].dtype is torch.bfloat16 else 0
 
 
+def _reference_rope(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
+    """The plain-torch kernel turns the halves of the queries one after the other, each in two tensors, before it joins them."""
+    return returned[0].numel * returned[0].dtype.itemsize
+
+
 # (device type, operator) → its workspace. Operators that are not listed take nothing.
 WORKSPACES: Mapping[tuple[str, str], Workspace] = {
+    ("cpu", "toka::rope_write_kv"): _reference_rope,
     ("cpu", "aten::linear"): _bfloat16_product_on_cpu,
     ("cpu", "aten::mm"): _bfloat16_product_on_cpu,
 }
@@ -120,6 +127,23 @@ def region_memory(
     peak = min(_peak_bytes(order, outputs) for order in _orders(kernels))
     returned = tuple(0 if buffer is None else buffer.num_bytes for buffer in outputs)
     return RegionMemory(peak, returned)
+
+
+def parameter_bytes(graph: StepGraph, transformed: Sequence[RegionGraph]) -> int:
+    """Bytes of the tensors that the calls' code takes as parameters, joined and packed as their recipes say; each counted once.
+
+    transformed: every region after all passes.
+    """
+    regions = {region.name: region for region in graph.regions}
+    by_name = {region.name: region for region in transformed}
+    sizes: dict[Recipe, int] = {}
+    for call in graph.calls:
+        names = dict(zip(regions[call.region].parameter_names(), call.parameters, strict=True))
+        region = by_name[call.region]
+        for recipe, node in zip(region.recipes, region.placeholders, strict=False):
+            own = Recipe(tuple(names[source] for source in recipe.sources), recipe.packing)
+            sizes[own] = node.meta["val"].numel() * node.meta["val"].element_size()
+    return sum(sizes.values())
 
 
 # --------------------------------------------------------------------------------------------------------- sizes and buffers
@@ -370,35 +394,20 @@ def _least_memory_first(kernels: list[_Kernel]) -> list[_Kernel]:
 
 
 def _peak_bytes(kernels: list[_Kernel], outputs: Sequence[_Buffer | None]) -> int:
-    """Bytes alive at the worst moment when the kernels run in this order, with dead buffers reused as the compiler does."""
+    """Bytes alive at the worst moment when the kernels run in this order."""
     last_read: dict[_Buffer, int] = {}
     for position, kernel in enumerate(kernels):
         last_read.update(dict.fromkeys((*kernel.writes, *kernel.reads), position))
     last_read.update((buffer, len(kernels)) for buffer in outputs if buffer is not None)
-    ends: list[int] = []  # of each piece of memory: the position of the last kernel that uses it
-    begins: list[tuple[int, int]] = []  # (position, bytes)
-    memory_of: dict[_Buffer, int] = {}
-    dead: dict[tuple[torch.dtype, str], list[int]] = defaultdict(list)
+    alive = peak = 0
     for position, kernel in enumerate(kernels):
         dying = [buffer for buffer in kernel.reads if last_read[buffer] == position]
         for buffer in kernel.writes:
-            donor = next((each for each in dying if kernel.in_place and each.kind == buffer.kind), None)
-            if donor is not None:
-                dying.remove(donor)
-                memory = memory_of[donor]
-            elif dead[buffer.kind]:
-                memory = dead[buffer.kind].pop()
-            else:
-                memory = len(begins)
-                begins.append((position, buffer.num_bytes))
-                ends.append(position)
-            memory_of[buffer] = memory
-            ends[memory] = last_read[buffer]
-        for buffer in (*dying, *(each for each in kernel.writes if last_read[each] == position)):
-            dead[buffer.kind].append(memory_of[buffer])
-    alive = [
-        kernel.workspace
-        + sum(size for (begin, size), end in zip(begins, ends, strict=True) if begin <= position <= end)
-        for position, kernel in enumerate(kernels)
-    ]
-    return max(alive, default=0)
+            alive += buffer.num_bytes
+            if kernel.in_place and (overwritten := [each for each in dying if each.kind == buffer.kind]):
+                dying.remove(overwritten[0])
+                alive -= buffer.num_bytes
+        peak = max(peak, alive + kernel.workspace)
+        dying += [buffer for buffer in kernel.writes if last_read[buffer] == position]
+        alive -= sum(buffer.num_bytes for buffer in dying)
+    return peak

@@ -1,53 +1,63 @@
 """The ordered passes, on one page (floor 4).
 
-Every pass has one signature, `run(program, context) -> program`, says whether its result is bitwise that of its input (EXACT) or differs
-within a stated tolerance, and is followed by `graph_spec.verify`.
+Every pass has one signature, `run(graph, context) -> graph`, is followed by `graph_spec.verify`, and says how far its result may be from
+its input's: 0.0 is bitwise, else the largest difference relative to the largest value of a tensor, in float32.
+tests/compile/test_pass_numerics.py holds each of them to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-
-from torch.export import ExportedProgram
+from dataclasses import dataclass, field
 
 from toka.compile import graph_spec
-from toka.compile.passes import canonicalise, select_kernels
+from toka.compile.passes import canonicalise, fuse_rope_write, merge_linears, select_kernels, select_rows
 from toka.compile.passes.select_kernels import ChosenKernel, KernelChooser
-from toka.compile.trace import TracedRegion
+from toka.compile.region_graph import RegionGraph
 
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes may ask about: how kernels are chosen, and where they note what they chose."""
+    """What passes may ask about: how kernels are chosen, and where they note what they chose.
+
+    on_graph: hears the graph after every pass (region's name, index, pass's name, graph), "trace" first.
+    """
 
     choose_kernel: KernelChooser
-    chosen: list[ChosenKernel]
+    chosen: list[ChosenKernel] = field(default_factory=list)
+    on_graph: Callable[[int, str, RegionGraph], None] = lambda index, name, graph: None
 
 
 @dataclass(frozen=True)
 class Pass:
-    """name and version enter the artifact's fingerprint: raise the version whenever the result changes."""
+    """name and version enter the artifact's identity: raise the version whenever the result changes."""
 
     name: str
     version: int
-    run: Callable[[ExportedProgram, PassContext], ExportedProgram]
-    tolerance: str  # "exact", or the bound
+    run: Callable[[RegionGraph, PassContext], RegionGraph]
+    tolerance: float
 
 
 PASSES: tuple[Pass, ...] = (
-    Pass("canonicalise", 1, canonicalise.run, "exact"),  # dead nodes and no-op slices go; a plain graph for those after
-    Pass(
-        "select_kernels", 1, select_kernels.run, "1e-5 of the reference in float32"
-    ),  # toka.* becomes the best kernel for this device
+    # dead nodes, no-op casts and slices, and checks that tracing left go: a plain graph for those after
+    Pass("canonicalise", 2, canonicalise.run, tolerance=0.0),
+    # rows that need no logits stop after the last layer's KV write
+    Pass("select_rows", 1, select_rows.run, tolerance=1e-5),
+    # products of one input become one product: q/k/v, gate/up
+    Pass("merge_linears", 1, merge_linears.run, tolerance=1e-5),
+    # turning queries and keys and writing the cache become one operator
+    Pass("fuse_rope_write", 1, fuse_rope_write.run, tolerance=1e-6),
+    # toka.* and products become the best kernel for this device
+    Pass("select_kernels", 2, select_kernels.run, tolerance=1e-4),
 )
 
 
-def run_passes(traced: TracedRegion, context: PassContext) -> TracedRegion:
+def run_passes(graph: RegionGraph, context: PassContext) -> RegionGraph:
     """Run all passes over one region, verifying its graph before the first and after each."""
-    program, name = traced.program, traced.region.name
-    graph_spec.verify(program, name, "trace")
-    for each in PASSES:
-        program = each.run(program, context)
-        graph_spec.verify(program, name, each.name)
-    return TracedRegion(traced.region, program)
+    graph_spec.verify(graph, "trace")
+    context.on_graph(0, "trace", graph)
+    for index, each in enumerate(PASSES, 1):
+        graph = each.run(graph, context)
+        graph_spec.verify(graph, each.name)
+        context.on_graph(index, each.name, graph)
+    return graph

@@ -8,11 +8,14 @@ calls, and every value that flows has a name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from toka.compile.region_graph import RowSelection
+from toka.placement import AxisPlacements
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,16 @@ class Region:
 
     module: its parameters and buffers are the region's parameters; forward(*inputs) returns a tuple of tensors. It may be on the meta
     device: only shapes and dtypes are looked at. inputs: (name, spec) in the order of forward's arguments. num_outputs: length of the
-    tuple. Inputs may be written to only by operators whose schema says so.
+    tuple. Inputs may be written to only by operators whose schema says so. placements: where each parameter and buffer lives on a
+    mesh, by its name; None = all replicate. selection: see RowSelection; None if all rows matter.
     """
 
     name: str
     module: nn.Module
     inputs: tuple[tuple[str, TensorSpec], ...]
     num_outputs: int
+    placements: Mapping[str, AxisPlacements] | None = None
+    selection: RowSelection | None = None
 
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the parameters and buffers, in the order in which a call passes them."""

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.export.graph_signature import InputKind
 
+from toka.compile.region_graph import Recipe, RegionGraph
 from toka.compile.step_graph import Region, TensorSpec
+from toka.errors import InvariantError
 
 # Sizes that stand in for symbolic ones while tracing. They are larger than 1, since a size of 0 or 1 would be taken for a constant, and
 # all different, so that two symbols are never taken for one.
 _TRACE_SIZES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
-
-
-@dataclass(frozen=True)
-class TracedRegion:
-    """A region as a graph: placeholders are its parameters, then its inputs, in order; the outputs are a flat tuple of tensors."""
-
-    region: Region
-    program: ExportedProgram
 
 
 class _WithParametersAsInputs(nn.Module):
@@ -42,7 +34,7 @@ class _WithParametersAsInputs(nn.Module):
         return tuple(outputs)
 
 
-def trace(region: Region, device: torch.device) -> TracedRegion:
+def trace(region: Region, device: torch.device) -> RegionGraph:
     """Trace one region with every symbolic size free from 1 up, without running anything or touching a parameter's data."""
     symbols = sorted({size for _, spec in region.inputs for size in spec.shape if isinstance(size, str)})
     sizes = dict(zip(symbols, _TRACE_SIZES, strict=False))
@@ -62,11 +54,40 @@ def trace(region: Region, device: torch.device) -> TracedRegion:
             dynamic_shapes=([None] * len(parameters), dynamic),
             strict=False,
         )
-    return TracedRegion(region, program)
+    return _flatten(region, program)
+
+
+def _flatten(region: Region, program: ExportedProgram) -> RegionGraph:
+    """The program's flat graph, with the region's own names on its placeholders and outputs as a plain tuple."""
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is not InputKind.USER_INPUT:
+            raise InvariantError(f"region {region.name}: {spec.target} is a tensor hidden in the graph, not an input")
+    inputs = tuple(name for name, _ in region.inputs)
+    graph = RegionGraph(
+        name=region.name,
+        module=program.graph_module,
+        recipes=[Recipe((name,)) for name in region.parameter_names()],
+        inputs=inputs,
+        placements=region.placements or {name: {} for name in region.parameter_names()},
+        selection=region.selection,
+    )
+    # The tracer took every size for 2 or more, to keep 0 and 1 from becoming constants; code is to be made for what was asked.
+    for value in (node.meta["val"] for node in graph.placeholders):
+        value.fake_mode.shape_env.var_to_range.update(program.range_constraints)
+    for node, name in zip(graph.placeholders, (*region.parameter_names(), *inputs), strict=True):
+        node._rename(name.replace(".", "_"))
+        node.target = node.name
+    [output] = [node for node in program.graph.nodes if node.op == "output"]
+    output.args = (tuple(output.args[0]),)
+    graph.module.recompile()
+    return graph
 
 
 @contextlib.contextmanager
 def _fake_tensors() -> Iterator[None]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         yield
 

@@ -1,6 +1,6 @@
 """Which implementation serves an operator: declared here once, chosen once when a graph is compiled, never at run time.
 
-An implementation belongs to a family (reference, cpp, triton). The caller names the families that it can use (cpp only after
+An implementation belongs to a family (reference, torch, cpp, triton). The caller names the families that it can use (cpp only after
 `kernels.cpp.build.load`, triton only after `kernels.triton.library.load`); among those that accept the device, the dtype and the
 shape, the highest priority wins.
 """
@@ -30,9 +30,10 @@ class Trait(enum.Enum):
 class Implementation:
     """One way to compute one operator.
 
-    family: where it comes from; the operator is `torch.ops.<namespace>.<op>`. devices: device types, empty = any.
-    dtypes: of the activations (query, keys, logits). max_head_dim, head_dim_multiple: shapes it takes; 0 = any.
-    priority: higher wins; reference 0, portable fast code 10, code for one machine 20.
+    family: where it comes from; the operator is `torch.ops.<namespace>.<name>`, name being the op's own unless it says otherwise.
+    devices: device types, empty = any. dtypes: of the activations (query, keys, logits). max_head_dim, head_dim_multiple: shapes it
+    takes; 0 = any. priority: higher wins; reference 0, PyTorch's own 5, portable fast code 10, code for one machine 20.
+    packing: operator that lays the weight out as this implementation wants it, once, when weights are bound; "" = as it is.
     """
 
     op: str
@@ -44,10 +45,12 @@ class Implementation:
     max_head_dim: int = 0
     head_dim_multiple: int = 1
     traits: frozenset[Trait] = field(default_factory=frozenset)
+    name: str = ""
+    packing: str = ""
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, self.namespace), self.op).default
+        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, self.namespace), self.name or self.op).default
         return overload
 
     def refusal(self, device: str, dtype: torch.dtype, head_dim: int | None, traits: Collection[Trait]) -> str | None:
@@ -88,6 +91,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         traits=frozenset(Trait),
     ),
     Implementation("sample", "cpp", "toka_cpp", priority=10, devices=frozenset({"cpu"}), traits=frozenset(Trait)),
+    Implementation("linear", "torch", "aten", priority=5),
+    Implementation("embedding", "torch", "aten", priority=5, traits=frozenset(Trait)),
     *(
         Implementation(op, "reference", "toka", priority=0, traits=frozenset(Trait))
         for op in (
@@ -103,10 +108,14 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
 )
 
 
+# Products and embeddings come into a graph as PyTorch's own operators, which then compete with the others.
+ATEN_OPS = frozenset({"linear", "embedding"})
+
+
 def implementations(op: str) -> list[Implementation]:
     """All of one operator, by descending priority."""
-    if op not in SCHEMAS:
-        raise ConfigError(f"unknown kernel operator {op!r}; known: {', '.join(sorted(SCHEMAS))}")
+    if op not in SCHEMAS and op not in ATEN_OPS:
+        raise ConfigError(f"unknown kernel operator {op!r}; known: {', '.join(sorted({*SCHEMAS, *ATEN_OPS}))}")
     return sorted((i for i in IMPLEMENTATIONS if i.op == op), key=lambda i: -i.priority)
 
 

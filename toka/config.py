@@ -91,6 +91,13 @@ class Config:
     torch_compile: bool = flag(
         True, "compile the model; F runs the traced graph eagerly, for debugging or without a C++ compiler"
     )
+    artifact: str | None = flag(
+        None, "directory that `toka compile out=DIR` made: start from it, without a compiler; None: build and cache"
+    )
+    batch_invariant: bool | None = flag(
+        None,
+        "T: only kernels whose results do not change with what else is in the batch; None: the fastest",
+    )
     use_cudagraphs: bool | None = flag(None, "capture every bucket as a CUDA graph; None: on CUDA yes")
     cudagraph_max_size: int = flag(512, "CUDA only: largest decode batch captured", "requests")
     cudagraph_step: int = flag(16, "CUDA only: distance of the captured decode batches", "requests")
@@ -125,6 +132,10 @@ class Config:
         _positive(
             self, "cudagraph_max_size", "hydragen_min_group_size", "hydragen_min_prefix_len", "async_tp_threshold"
         )
+        if self.artifact is not None and not self.torch_compile:
+            raise ConfigError(
+                "artifact: holds compiled code, which torch_compile=F does not run; leave one of the two out"
+            )
         if self.page_size not in (8, 16, 32, 64, 128):
             raise ConfigError(f"page_size={self.page_size}: must be 8, 16, 32, 64 or 128 tokens")
         if not 0 < self.kv_cache_memory_fraction <= 1:
@@ -207,6 +218,8 @@ class ResolvedConfig:
     max_context_tokens: int
     steps_in_flight: int
     torch_compile: bool
+    artifact_path: Path | None
+    batch_invariant: bool
     cache_path: Path
     cxx: str | None
 
@@ -253,6 +266,8 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
         max_context_tokens=context,
         steps_in_flight=1 + config.scheduling_steps_ahead,
         torch_compile=config.torch_compile,
+        artifact_path=None if config.artifact is None else Path(config.artifact).expanduser().absolute(),
+        batch_invariant=bool(config.batch_invariant),
         cache_path=config.cache_path(),
         cxx=find_cxx(),
     )

@@ -28,13 +28,20 @@ class Partial:
 
 
 Placement = Replicate | Shard | Partial
-PlacementTable = Mapping[str, Mapping[str, Placement]]
-"""Weight name pattern (`*` as in a shell) → mesh axis → placement. Axes that are not mentioned replicate."""
+AxisPlacements = Mapping[str, Placement]
+"""Mesh axis → placement. Axes that are not mentioned replicate."""
+PlacementTable = Mapping[str, AxisPlacements]
+"""Weight name pattern (`*` as in a shell) → its placements."""
+
+
+def placements_of(table: PlacementTable, weight: str) -> AxisPlacements:
+    """The placements of a weight. Raises KeyError unless exactly one pattern of the table matches the name."""
+    matches = [pattern for pattern in table if fnmatchcase(weight, pattern)]
+    if len(matches) != 1:
+        raise KeyError(f"{weight} must match one pattern of the placement table, it matches {matches}")
+    return table[matches[0]]
 
 
 def placement_of(table: PlacementTable, weight: str, axis: str) -> Placement:
     """The placement of a weight along a mesh axis. Raises KeyError unless exactly one pattern of the table matches the name."""
-    matches = [pattern for pattern in table if fnmatchcase(weight, pattern)]
-    if len(matches) != 1:
-        raise KeyError(f"{weight} must match one pattern of the placement table, it matches {matches}")
-    return table[matches[0]].get(axis, Replicate())
+    return placements_of(table, weight).get(axis, Replicate())

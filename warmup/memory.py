@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from torch.autograd import ProfilerConfig, ProfilerState
+from torch.autograd import (  # type: ignore[attr-defined]
+    ProfilerConfig,
+    ProfilerState,
+    _disable_profiler_legacy,
+    _enable_profiler_legacy,
+)
 
 from toka.config import ResolvedConfig
 from toka.errors import ConfigError
@@ -140,11 +146,11 @@ def peak_of_cpu_tensors(run: Callable[[], object]) -> int:
     The figures are the allocator's own reports to PyTorch's profiler, of which nothing else is switched on.
     """
     settings = (ProfilerState.CPU, False, True, False, False, False)  # of these only profile_memory is wanted
-    torch.autograd._enable_profiler_legacy(ProfilerConfig(*settings, torch._C._profiler._ExperimentalConfig()))
+    _enable_profiler_legacy(ProfilerConfig(*settings, torch._C._profiler._ExperimentalConfig()))
     try:
         run()
     finally:
-        events = [event for thread in torch.autograd._disable_profiler_legacy() for event in thread]
+        events: list[Any] = [event for thread in _disable_profiler_legacy() for event in thread]
     now = peak = 0
     for event in events:
         if event.kind() == "memory_alloc":  # also a release, which is negative

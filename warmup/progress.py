@@ -7,7 +7,16 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from toka.warmup.report import WarmupReport
 
@@ -27,6 +36,7 @@ class WarmupProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[detail]}"),
             console=self._console,
             transient=True,
@@ -56,6 +66,11 @@ class WarmupProgress:
         """Name the part that begins now."""
         if self._task is not None:
             self._bar.update(self._task, detail=text)
+
+    def start_part(self, text: str) -> None:
+        """Name the part that begins now and count the one before it as done."""
+        if self._task is not None:
+            self._bar.update(self._task, detail=text, advance=1 if self._bar.tasks[-1].fields["detail"] else 0)
 
     def advance(self) -> None:
         """One part of the phase is done."""

@@ -1,8 +1,8 @@
 """Builds the C++ kernels once for this machine and loads them into torch.
 
-The library lies at cache_dir/kernels/<fingerprint>/libtoka_kernels.so. The fingerprint covers everything that decides its contents:
-sources, flags, compiler and its version, torch's version, the CPU. A build happens in a directory of its own and is moved into
-place whole, so that processes that start together, or one that dies half-way, harm nobody.
+The library lies at cache_dir/kernels/<fingerprint>/libtoka_kernels-<fingerprint>.so. The fingerprint covers everything that
+decides its contents: sources, flags, compiler and its version, torch's version, the CPU. A build happens in a directory of its
+own and is moved into place whole, so that processes that start together, or one that dies half-way, harm nobody.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import toka.kernels.ops  # noqa: F401  (defines the operators that the library i
 from toka.errors import ConfigError
 
 SOURCE_DIR = Path(__file__).parent
-LIBRARY_NAME = "libtoka_kernels.so"
+LIBRARY_PREFIX = "libtoka_kernels-"
 
 _COMPILERS = ("c++", "g++", "clang++")
 _TORCH_INCLUDE = Path(torch.__file__).parent / "include"
@@ -47,26 +47,38 @@ def build(
     """
     command = find_compiler(compiler)
     flags = compile_flags()
-    target = cache_dir / "kernels" / fingerprint(command, flags, source_dir)
-    library = target / LIBRARY_NAME
+    name = fingerprint(command, flags, source_dir)
+    target = cache_dir / "kernels" / name
+    library = target / f"{LIBRARY_PREFIX}{name}.so"
     if library.exists():
         return library
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as name:
-        workplace = Path(name)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as folder:
+        workplace = Path(folder)
         finished = workplace / "finished"
         finished.mkdir()
-        _compile(command, flags, source_dir, workplace, finished / LIBRARY_NAME, on_progress or (lambda line: None))
+        _compile(command, flags, source_dir, workplace, finished / library.name, on_progress or (lambda line: None))
         _move_into_place(finished, target)
     return library
 
 
 def load(library: Path) -> None:
-    """Give `torch.ops.toka_cpp.*` their implementation; loading the same library again does nothing."""
-    path = str(library.resolve())
-    if path in torch.ops.loaded_libraries:
+    """Give `torch.ops.toka_cpp.*` their implementation; loading the same library, or a copy of it, again does nothing.
+
+    Raises ConfigError if this process already runs another build, which cannot be taken back, or if the file is no library of
+    this machine's.
+    """
+    loaded = [Path(path).name for path in torch.ops.loaded_libraries if Path(path).name.startswith(LIBRARY_PREFIX)]
+    if library.name in loaded:
         return
-    torch.ops.load_library(path)
+    if loaded:
+        raise ConfigError(
+            f"this process runs the kernels of {loaded[0]} and cannot load {library}: start a new process"
+        )
+    try:
+        torch.ops.load_library(str(library.resolve()))
+    except OSError as error:
+        raise ConfigError(f"the kernel library {library} cannot be loaded: {error}") from error
 
 
 def find_compiler(compiler: str | None) -> str:
@@ -83,6 +95,16 @@ def compile_flags() -> tuple[str, ...]:
     """Flags for one source file; the library is for this machine's CPU only."""
     native = "-mcpu=native" if platform.machine().lower() in ("aarch64", "arm64") else "-march=native"
     return ("-std=c++17", "-O3", native, "-fPIC", "-fvisibility=hidden", _STABLE_ABI, f"-isystem{_TORCH_INCLUDE}")
+
+
+def sources_fingerprint(source_dir: Path = SOURCE_DIR) -> str:
+    """Sixteen hex digits over sources and flags: what the library is, whichever compiler made it."""
+    digest = hashlib.sha256()
+    for flag in compile_flags():
+        digest.update(flag.replace(str(_TORCH_INCLUDE), "torch").encode() + b"\0")
+    for path in _files(source_dir, "*.h", "*.cpp"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(compiler: str, flags: tuple[str, ...], source_dir: Path) -> str:
@@ -147,6 +169,6 @@ def _move_into_place(finished: Path, target: Path) -> None:
     try:
         os.rename(finished, target)
     except OSError:
-        if not (target / LIBRARY_NAME).exists():
+        if not target.exists():
             raise
         # Another process built the same at the same time; one of the two is as good as the other.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from toka.compile.compiled_model import CompileOptions
+import toka.kernels.ops  # noqa: F401  (registers the operators)
+from toka.compile import artifact, builder
+from toka.compile.artifact import Artifact
 from toka.compile.passes.select_kernels import ChosenKernel
 from toka.compile.step_graph import Call, Region, StepGraph, TensorSpec
 
 WIDTH = 8
+CPU = torch.device("cpu")
+IDENTITY = {**artifact.environment(), "model.width": str(WIDTH), "dtype": "float32"}
 
 
 class Block(nn.Module):
@@ -26,7 +31,7 @@ class Block(nn.Module):
         return (y_TC,)
 
 
-def block_region(module: nn.Module | None = None) -> Region:
+def block_region() -> Region:
     cache = TensorSpec(torch.float32, ("B", 1, 8, WIDTH))
     inputs = (
         ("x", TensorSpec(torch.float32, ("T", WIDTH))),
@@ -35,7 +40,7 @@ def block_region(module: nn.Module | None = None) -> Region:
         ("slots", TensorSpec(torch.int32, ("T",))),
     )
     with torch.device("meta"):
-        return Region("block", module or Block(), inputs, num_outputs=1)
+        return Region("block", Block(), inputs, num_outputs=1)
 
 
 @pytest.fixture
@@ -48,9 +53,19 @@ def graph() -> StepGraph:
 
 
 def reference_kernel(op: str, tensor: Tensor) -> ChosenKernel:
-    return ChosenKernel(op, getattr(torch.ops.toka, op).default, "reference")
+    """The plain choice: toka's reference operators, PyTorch's own products."""
+    namespace = torch.ops.aten if op in ("linear", "embedding") else torch.ops.toka
+    return ChosenKernel(op, getattr(namespace, op).default, "reference")
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> CompileOptions:
-    return CompileOptions(torch.device("cpu"), True, tmp_path, reference_kernel, "reference")
+def build(graph: StepGraph, tmp_path: Path) -> Callable[[str], Artifact]:
+    """Compile the graph into a directory of this name below tmp_path."""
+
+    def make(name: str) -> Artifact:
+        library = tmp_path / "kernels.so"
+        library.write_bytes(b"stands for a kernel library")
+        builder.build_artifact(tmp_path / name, graph, CPU, IDENTITY, reference_kernel, [library], {"compiler": "c++"})
+        return artifact.open_artifact(tmp_path / name)
+
+    return make

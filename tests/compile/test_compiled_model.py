@@ -1,23 +1,35 @@
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 
 import pytest
 import torch
 
-import toka.kernels.ops  # noqa: F401  (registers the operators)
-from toka.compile import lower
-from toka.compile.compiled_model import CompiledModel, CompileOptions
+from toka.compile import builder
+from toka.compile.artifact import Artifact
+from toka.compile.compiled_model import CompiledModel, eager_regions, load_regions, make_parameters
+from toka.compile.passes.select_kernels import ChosenKernel
+from toka.compile.region_graph import Recipe
 from toka.compile.step_graph import StepGraph
-from toka.errors import ConfigError, LateCompileError
 
 WIDTH = 8
+CPU = torch.device("cpu")
+
+
+def reference_kernel(op: str, tensor: torch.Tensor) -> ChosenKernel:
+    return ChosenKernel(op, getattr(torch.ops.toka, op).default, "reference")
 
 
 def values(num_tokens: int) -> dict[str, torch.Tensor]:
     caches = {f"{kind}.{layer}": torch.zeros(4, 1, 8, WIDTH) for kind in ("key", "value") for layer in range(2)}
     return {"x": torch.randn(num_tokens, WIDTH), "slots": torch.arange(num_tokens, dtype=torch.int32), **caches}
+
+
+def random_weights() -> dict[str, torch.Tensor]:
+    return {f"weight.{layer}": torch.randn(WIDTH, WIDTH) for layer in range(2)}
 
 
 def expected(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -28,12 +40,13 @@ def expected(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> list[torch.Te
     return outputs
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_one_region_serves_all_layers_at_every_size(graph: StepGraph, options: CompileOptions, compiled: bool) -> None:
-    model = CompiledModel(graph, dataclasses.replace(options, compile=compiled))
-    assert [built.name for built in model.build()] == ["block"]
-    weights = {f"weight.{layer}": torch.randn(WIDTH, WIDTH) for layer in range(2)}
-    model.bind(weights)
+def eager_model(graph: StepGraph) -> CompiledModel:
+    return CompiledModel(graph, eager_regions(builder.transform(graph, CPU, reference_kernel)[0]))
+
+
+def assert_right_at_every_size(model: CompiledModel) -> None:
+    weights = random_weights()
+    model.bind(dict(weights))
     model.freeze()
     for num_tokens in (1, 2, 3, 7, 31):
         inputs = values(num_tokens)
@@ -47,50 +60,79 @@ def test_one_region_serves_all_layers_at_every_size(graph: StepGraph, options: C
     assert model.compiles_after_freeze == 0
 
 
-def test_a_second_build_compiles_nothing(
-    graph: StepGraph, options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+def test_one_compiled_region_serves_all_layers_at_every_size(
+    graph: StepGraph, build: Callable[[str], Artifact]
 ) -> None:
-    assert [built.cached for built in CompiledModel(graph, options).build()] == [False]
-    monkeypatch.setattr(lower, "compile_to_file", lambda *args: pytest.fail("compiled again"))
-    assert [built.cached for built in CompiledModel(graph, options).build()] == [True]
+    artifact = build("made")
+    assert [entry.name for entry in artifact.manifest.regions] == ["block"]
+    assert_right_at_every_size(CompiledModel(graph, load_regions(artifact, CPU)))
 
 
-def test_the_key_of_a_graph_is_the_same_before_and_after_a_compile(
-    graph: StepGraph, options: CompileOptions, tmp_path: Path
-) -> None:
-    CompiledModel(graph, options).build()
-    elsewhere = dataclasses.replace(options, cache_path=tmp_path / "elsewhere")
-    CompiledModel(graph, elsewhere).build()
-    assert [path.name for path in sorted((options.cache_path / "compiled").iterdir())] == [
-        path.name for path in sorted((elsewhere.cache_path / "compiled").iterdir())
-    ]
+def test_so_does_an_eager_one(graph: StepGraph) -> None:
+    assert_right_at_every_size(eager_model(graph))
 
 
-def test_another_kernel_or_pass_is_another_artifact(graph: StepGraph, options: CompileOptions) -> None:
-    CompiledModel(graph, options).build()
-    changed = dataclasses.replace(options, kernels_fingerprint="other")
-    assert [built.cached for built in CompiledModel(graph, changed).build()] == [False]
+def test_binding_takes_the_tensors_over(graph: StepGraph) -> None:
+    model, weights = eager_model(graph), random_weights()
+    model.bind(weights)
+    assert not weights and len(model.parameters) == 2
 
 
-def test_compiles_after_freeze_are_counted(graph: StepGraph, options: CompileOptions) -> None:
-    model = CompiledModel(graph, dataclasses.replace(options, compile=False))
-    model.build()
+def test_parameters_are_joined_packed_and_shared() -> None:
+    loaded = {"a": torch.ones(32, 4), "b": torch.zeros(32, 4), "c": torch.full((5, 4), 2.0), "unused": torch.ones(1)}
+    joined, packed, plain = Recipe(("a", "b")), Recipe(("c",), "toka::pack_linear"), Recipe(("c",))
+    made = make_parameters([joined, packed, plain, joined], loaded)
+    torch.testing.assert_close(made[joined], torch.cat([torch.ones(32, 4), torch.zeros(32, 4)]))
+    torch.testing.assert_close(made[packed], torch.ops.toka.pack_linear(torch.full((5, 4), 2.0)))
+    assert made[plain].shape == (5, 4) and len(made) == 3 and not loaded
+
+
+def test_compiles_after_freeze_are_counted(graph: StepGraph) -> None:
+    model = eager_model(graph)
+    model.bind(random_weights())
+    torch.compile(lambda x: x * 2, backend="eager")(torch.ones(3))
     model.freeze()
-    with pytest.raises(LateCompileError):
-        model.build()
+    assert model.compiles_after_freeze == 0
+    torch.compile(lambda x: x * 3, backend="eager")(torch.ones(3))
     assert model.compiles_after_freeze == 1
-    torch.compile(lambda x: x.sin() + 1, backend="eager")(torch.ones(3))
-    assert model.compiles_after_freeze == 2
 
 
-def test_a_failing_compiler_is_one_clear_line(
-    graph: StepGraph, options: CompileOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("something long\ng++: internal compiler error")
+def test_a_model_that_is_gone_hears_nothing(graph: StepGraph) -> None:
+    hooks = torch._dynamo.callback.callback_handler
+    before = len(_callbacks(hooks))
+    model = eager_model(graph)
+    model.bind(random_weights())
+    model.freeze()
+    assert len(_callbacks(hooks)) == before + 1
+    del model
+    assert len(_callbacks(hooks)) == before
 
-    monkeypatch.setattr(lower, "aoti_compile_and_package", fail)
-    with pytest.raises(ConfigError, match=r"block.*internal compiler error.*torch_compile=F") as caught:
-        CompiledModel(graph, options).build()
-    assert "\n" not in str(caught.value)
-    assert not list((options.cache_path / "compiled").iterdir())
+
+def _callbacks(hooks: object) -> list[object]:
+    return next(value for name, value in vars(hooks).items() if "start_callbacks" in name)
+
+
+def test_a_compiler_that_is_imported_later_is_watched_too() -> None:
+    """In a process of its own, since this one has imported the compiler already."""
+    script = """
+        import sys, torch
+        from toka.compile.compiled_model import _watch_compiles
+        assert "torch._dynamo" not in sys.modules
+        seen = []
+        stop = _watch_compiles(seen.append)
+        torch.compile(lambda x: x * 2, backend="eager")(torch.ones(3))
+        assert len(seen) == 1, seen
+        stop()
+        torch.compile(lambda x: x * 3, backend="eager")(torch.ones(3))
+        assert len(seen) == 1, seen
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_warming_runs_each_region_once(graph: StepGraph, num_tokens: int) -> None:
+    model = eager_model(graph)
+    model.bind(random_weights())
+    inputs = values(num_tokens)
+    model.warm(inputs)
+    assert inputs["key.0"].any() and not inputs["key.1"].any()

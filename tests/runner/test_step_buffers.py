@@ -60,6 +60,7 @@ def test_fill_pads_to_the_bucket() -> None:
         "sample_index": [2, 3, 0, 0],
         "sample_rows": [5, 2, -1, -1],
         "sample_seq_lens": [7, 10, 0, 0],
+        "sample_query_start": [0, 1, 2, 2, 2],
     }
 
 

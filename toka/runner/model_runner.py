@@ -36,6 +36,11 @@ class ModelRunner:
         self._tables = DeviceTables(sizes.max_table_rows, sizes.max_blocks_per_row, device)
         self._static = self._tables.values()
 
+    @property
+    def table_bytes(self) -> int:
+        """Size of the step's inputs and of the tables that stay on the device."""
+        return self._buffers.num_bytes + sum(tensor.nbytes for tensor in self._tables.values().values())
+
     def attach(self, cache: KVCache) -> None:
         """Use this KV cache from now on."""
         for layer, (key_cache, value_cache) in enumerate(zip(cache.keys, cache.values, strict=True)):

@@ -29,7 +29,8 @@ class StepBuffers:
     """Static inputs of a step, all int32:
 
     token_ids, token_rows, positions [T]; rows, seq_lens [R]; query_start [R + 1];
-    sample_index [S] (place of the token in the batch whose successor is drawn), sample_rows, sample_seq_lens [S].
+    sample_index [S] (place of the token in the batch whose successor is drawn), sample_rows, sample_seq_lens [S];
+    sample_query_start [S + 1] (query_start for these tokens alone, one a row).
     Padding: tokens have row -1, rows are -1 with no tokens, samples have row -1.
     """
 
@@ -37,7 +38,7 @@ class StepBuffers:
         self._sizes = {
             **dict.fromkeys(("token_ids", "token_rows", "positions"), max_tokens),
             **dict.fromkeys(("rows", "seq_lens", "sample_index", "sample_rows", "sample_seq_lens"), max_rows),
-            "query_start": max_rows + 1,
+            **dict.fromkeys(("query_start", "sample_query_start"), max_rows + 1),
         }
         self._offsets: dict[str, int] = {}
         total = 0
@@ -47,7 +48,13 @@ class StepBuffers:
         self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = self._host if device.type == "cpu" else torch.zeros(total, dtype=torch.int32, device=device)
         self._host_array = self._host.numpy()
+        self._counting = np.arange(max_rows + 1, dtype=np.int32)
         self._views: dict[Bucket, dict[str, torch.Tensor]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the device."""
+        return self._device.nbytes
 
     def fill(self, plan: BatchPlan, bucket: Bucket) -> dict[str, torch.Tensor]:
         """Write the plan, padded to the bucket, and return the inputs by name (views of the static buffer)."""
@@ -59,8 +66,10 @@ class StepBuffers:
         self._write("seq_lens", plan.seq_lens, bucket.num_rows, 0)
         self._write("query_start", plan.query_start, bucket.num_rows + 1, tokens)
         last = plan.query_start[1 : rows + 1][plan.samples] - 1
+        num_samples = len(last)
         self._write("sample_index", last, bucket.num_samples, 0)
         self._write("sample_rows", plan.rows[plan.samples], bucket.num_samples, PADDING_ROW)
+        self._write("sample_query_start", self._counting[: num_samples + 1], bucket.num_samples + 1, num_samples)
         self._write("sample_seq_lens", plan.seq_lens[plan.samples], bucket.num_samples, 0)
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
@@ -78,6 +87,7 @@ class StepBuffers:
                 **dict.fromkeys(("rows", "seq_lens"), bucket.num_rows),
                 **dict.fromkeys(("sample_index", "sample_rows", "sample_seq_lens"), bucket.num_samples),
                 "query_start": bucket.num_rows + 1,
+                "sample_query_start": bucket.num_samples + 1,
             }
             self._views[bucket] = {
                 name: self._device[self._offsets[name] : self._offsets[name] + size] for name, size in sizes.items()

@@ -1,9 +1,10 @@
 """One step of a decoder, from token ids to sampled ids, as regions for the compiler (floor 5).
 
-    begin ─► layer × num_layers ─► end
+    begin ─► layer × (num_layers - 1) ─► last
 
-`begin` finds each token's id, rope angles and KV slot, and embeds it; a layer region stands for all layers of its kind; `end` keeps
-the tokens whose successor is drawn, and only for them computes the final norm, the LM head and the sampler.
+`begin` finds each token's id, rope angles and KV slot, and embeds it; a layer region stands for all layers of its kind; `last` holds the
+last layer, the final norm, the LM head and the sampler. Of the last layer most rows need no more than their keys and values: its
+module computes them all and then keeps those whose successor is drawn, and the compiler drops the rest (passes/select_rows.py).
 
 Legend: T tokens, R rows, S samples, M rows of the request table, W blocks a row, B KV blocks, C hidden, D head dim, F = D / 2.
 """
@@ -13,14 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from toka.compile.region_graph import RowSelection
 from toka.compile.step_graph import Call, Region, StepGraph, TensorSpec
 from toka.models.decoder import CausalLM, DecoderLayer
 from toka.models.inputs import ForwardInputs
 from toka.models.rope import Rope
 from toka.params import MAX_STOP_TOKEN_IDS
+from toka.placement import AxisPlacements, placements_of
 from toka.runner.kv_cache import KVCacheShape
 
-ATTENTION_INPUTS = ("positions", "slots", "block_table", "rows", "query_start", "seq_lens")
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed", "held_back_ids", "held_back_until")
 
 
@@ -67,23 +69,36 @@ class Layer(nn.Module):
         return (self.layer(hidden_TC, Rope(cos_TF, sin_TF), ForwardInputs(*attention), (key_cache, value_cache)),)
 
 
-class End(nn.Module):
-    """Final norm, LM head and sampler for the tokens whose successor is drawn."""
+class Last(nn.Module):
+    """The last layer; then final norm, LM head and sampler for the tokens whose successor is drawn."""
 
-    def __init__(self, model: CausalLM):
+    def __init__(self, model: CausalLM, layer: DecoderLayer):
         super().__init__()
-        self.norm = model.norm
+        self.layer, self.norm = layer, model.norm
         self.head = model.lm_head if model.lm_head is not None else _TiedHead(model)
 
     def forward(
         self,
         hidden_TC: Tensor,
+        cos_TF: Tensor,
+        sin_TF: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        block_table_MW: Tensor,
+        rows_R: Tensor,
+        query_start: Tensor,
+        seq_lens_R: Tensor,
         sample_index_S: Tensor,
         sample_rows_S: Tensor,
+        sample_query_start: Tensor,
         sample_seq_lens_S: Tensor,
         last_token_M: Tensor,
         *settings: Tensor,
     ) -> tuple[Tensor]:
+        inputs = ForwardInputs(positions_T, slots_T, block_table_MW, rows_R, query_start, seq_lens_R)
+        hidden_TC = self.layer(hidden_TC, Rope(cos_TF, sin_TF), inputs, (key_cache, value_cache))
         logits_SV = self.head(self.norm(hidden_TC[sample_index_S]))
         return (torch.ops.toka.sample(logits_SV, sample_rows_S, sample_seq_lens_S, *settings, last_token_M),)
 
@@ -105,18 +120,18 @@ def kv_cache_shape(model: CausalLM, dtype: torch.dtype, block_size: int) -> KVCa
 
 def build_step_graph(model: CausalLM, dtype: torch.dtype, block_size: int) -> StepGraph:
     """The step of this model; it may be on the meta device. dtype: of activations and KV cache."""
+    *layers, last = model.layers
+    assert isinstance(last, DecoderLayer)
     kinds: dict[str, DecoderLayer] = {}
-    for layer in model.layers:
+    for layer in layers:
         assert isinstance(layer, DecoderLayer)
         kinds.setdefault(layer.kind, layer)
-    regions = (
-        _begin_region(model, block_size),
-        *[_layer_region(model, kind, layer, dtype, block_size) for kind, layer in kinds.items()],
-        _end_region(model, dtype),
-    )
-    return StepGraph(
-        regions, _calls(model, {region.name: region for region in regions}), _step_inputs(model), ("sampled",)
-    )
+    regions = {
+        "begin": _begin_region(model, block_size),
+        **{f"layer_{kind}": _layer_region(model, layer, dtype, block_size) for kind, layer in kinds.items()},
+        "last": _last_region(model, last, dtype, block_size),
+    }
+    return StepGraph(tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled",))
 
 
 def step_parameters(model: CausalLM) -> dict[str, Tensor]:
@@ -138,14 +153,19 @@ def _begin_region(model: CausalLM, block_size: int) -> Region:
         ("block_table", TensorSpec(_INT, ("M", "W"))),
         ("last_token", TensorSpec(_INT, ("M",))),
     )
-    return Region("begin", Begin(model, block_size), inputs, num_outputs=4)
+    return _region(model, "begin", Begin(model, block_size), inputs, num_outputs=4)
 
 
-def _layer_region(model: CausalLM, kind: str, layer: DecoderLayer, dtype: torch.dtype, block_size: int) -> Region:
+def _layer_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block_size: int) -> Region:
+    inputs = _layer_inputs(model, dtype, block_size)
+    return _region(model, f"layer_{layer.kind}", Layer(layer), inputs, num_outputs=1)
+
+
+def _layer_inputs(model: CausalLM, dtype: torch.dtype, block_size: int) -> tuple[tuple[str, TensorSpec], ...]:
     spec = model.spec
     cache = TensorSpec(dtype, ("B", spec.num_kv_heads, block_size, spec.head_dim))
     angles = TensorSpec(dtype, ("T", spec.head_dim // 2))
-    inputs = (
+    return (
         ("hidden", TensorSpec(dtype, ("T", spec.hidden_size))),
         ("cos", angles),
         ("sin", angles),
@@ -158,15 +178,15 @@ def _layer_region(model: CausalLM, kind: str, layer: DecoderLayer, dtype: torch.
         ("query_start", TensorSpec(_INT, ("Q",))),  # Q = R + 1, which nothing in the graph needs to know
         ("seq_lens", TensorSpec(_INT, ("R",))),
     )
-    return Region(f"layer_{kind}", Layer(layer), inputs, num_outputs=1)
 
 
-def _end_region(model: CausalLM, dtype: torch.dtype) -> Region:
+def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block_size: int) -> Region:
     float_column, int_column = TensorSpec(torch.float32, ("M",)), TensorSpec(_INT, ("M",))
     inputs = (
-        ("hidden", TensorSpec(dtype, ("T", model.spec.hidden_size))),
+        *_layer_inputs(model, dtype, block_size),
         ("sample_index", TensorSpec(_INT, ("S",))),
         ("sample_rows", TensorSpec(_INT, ("S",))),
+        ("sample_query_start", TensorSpec(_INT, ("P",))),  # P = S + 1
         ("sample_seq_lens", TensorSpec(_INT, ("S",))),
         ("last_token", int_column),
         ("temperature", float_column),
@@ -177,34 +197,55 @@ def _end_region(model: CausalLM, dtype: torch.dtype) -> Region:
         ("held_back_ids", TensorSpec(_INT, ("M", MAX_STOP_TOKEN_IDS))),
         ("held_back_until", int_column),
     )
-    return Region("end", End(model), inputs, num_outputs=1)
+    selection = RowSelection("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens")
+    return _region(model, "last", Last(model, layer), inputs, num_outputs=1, selection=selection)
+
+
+def _region(
+    model: CausalLM,
+    name: str,
+    module: nn.Module,
+    inputs: tuple[tuple[str, TensorSpec], ...],
+    num_outputs: int,
+    selection: RowSelection | None = None,
+) -> Region:
+    """A region with its parameters placed as the model says; layers of a kind are all placed alike."""
+    placements: dict[str, AxisPlacements] = {name: {} for name, _ in module.named_buffers()}
+    for parameter, _ in module.named_parameters(remove_duplicate=False):
+        weight = _model_name(parameter, 0, model).rpartition(".")[0]  # the rest names the part of the weight's format
+        placements[parameter] = placements_of(model.PLACEMENT, weight)
+    return Region(name, module, inputs, num_outputs, placements, selection)
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
 
 
 def _calls(model: CausalLM, regions: dict[str, Region]) -> tuple[Call, ...]:
-    begin_inputs = tuple(name for name, _ in regions["begin"].inputs)
-    end_inputs = tuple(name for name, _ in regions["end"].inputs)
-    calls = [Call("begin", regions["begin"].parameter_names(), begin_inputs, ("hidden", "cos", "sin", "slots"))]
-    for index, layer in enumerate(model.layers):
-        region = regions[f"layer_{layer.kind}"]
-        own = tuple(name.replace("layer.", f"layers.{index}.", 1) for name in region.parameter_names())
-        caches = (f"key_cache.{index}", f"value_cache.{index}")
-        calls.append(Call(region.name, own, ("hidden", "cos", "sin", *caches, *ATTENTION_INPUTS), ("hidden",)))
-    head = "embed_tokens." if model.lm_head is None else "lm_head."
-    tied, untied = "head.embed_tokens.", "head."
-    prefix = tied if model.lm_head is None else untied
-    names = tuple(
-        head + name.removeprefix(prefix) if name.startswith(prefix) else name
-        for name in regions["end"].parameter_names()
+    def call(region: Region, layer: int, outputs: tuple[str, ...]) -> Call:
+        own = {"key_cache": f"key_cache.{layer}", "value_cache": f"value_cache.{layer}"}
+        parameters = tuple(_model_name(name, layer, model) for name in region.parameter_names())
+        return Call(region.name, parameters, tuple(own.get(name, name) for name, _ in region.inputs), outputs)
+
+    *layers, _ = model.layers
+    return (
+        call(regions["begin"], 0, ("hidden", "cos", "sin", "slots")),
+        *[call(regions[f"layer_{layer.kind}"], index, ("hidden",)) for index, layer in enumerate(layers)],
+        call(regions["last"], len(layers), ("sampled",)),
     )
-    calls.append(Call("end", names, end_inputs, ("sampled",)))
-    return tuple(calls)
+
+
+def _model_name(parameter: str, layer: int, model: CausalLM) -> str:
+    """The model's name of a region's parameter, in the call for this layer."""
+    first, _, rest = parameter.partition(".")
+    if first == "layer":
+        return f"layers.{layer}.{rest}"
+    if first == "head":
+        return f"lm_head.{rest}" if model.lm_head is not None else rest
+    return parameter
 
 
 def _step_inputs(model: CausalLM) -> tuple[str, ...]:
     caches = [f"{kind}_cache.{layer}" for layer in range(len(model.layers)) for kind in ("key", "value")]
     step = ("token_ids", "token_rows", "positions", "rows", "query_start", "seq_lens")
-    samples = ("sample_index", "sample_rows", "sample_seq_lens")
+    samples = ("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens")
     return (*step, *samples, "block_table", "last_token", *SETTINGS, *caches)

@@ -105,6 +105,22 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             "sparse_logits",
         )
     ),
+    *(
+        Implementation(
+            op,
+            "triton",
+            "toka_triton",
+            priority=10,
+            devices=frozenset({"cuda"}),
+            dtypes=dtypes,
+            max_head_dim=256,
+            traits=traits,
+        )
+        for op, dtypes, traits in (
+            ("paged_attention", FLOATS, frozenset({Trait.BATCH_INVARIANT})),
+            ("merge_attention", frozenset({torch.float32}), frozenset(Trait)),
+        )
+    ),
 )
 
 

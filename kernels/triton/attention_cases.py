@@ -48,7 +48,6 @@ SHAPES = (
     Shape(256, 2, num_kv_heads=4, window=1024),  # Gemma 2 and 3
     Shape(80, 1, num_kv_heads=32, query_dtype=torch.float16, cache_dtype=torch.float16),  # Phi 2: no power of two
     Shape(128, 4, cache_dtype=torch.float8_e4m3fn),
-    Shape(64, 3, num_kv_heads=3, query_dtype=torch.float32, cache_dtype=torch.float32),  # SmolLM2 135M
 )
 
 

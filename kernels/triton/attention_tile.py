@@ -88,19 +88,24 @@ def attend_keys(
     dim_D = tl.arange(0, DIM_BLOCK)
     in_head_D = dim_D < HEAD_DIM
     PADDED: tl.constexpr = HEAD_DIM != DIM_BLOCK
+    index_N = tl.arange(0, BLOCK_N)
+    # Blocks are looked up a tile ahead: keys whose address was only just loaded could not be fetched ahead of their use.
+    block_N = tl.load(blocks_ptr + (begin + index_N) // BLOCK_SIZE, mask=begin + index_N < end, other=0)
     for start in range(begin, end, BLOCK_N):
-        position_N = start + tl.arange(0, BLOCK_N)
+        position_N = start + index_N
+        next_N = position_N + BLOCK_N
         in_reach_N = (position_N < end) & (position_N >= first_visible)
-        block_N = load_where(blocks_ptr + position_N // BLOCK_SIZE, in_reach_N, 0, MASKED).to(tl.int64)
+        this_block_N = block_N.to(tl.int64)
+        block_N = tl.load(blocks_ptr + next_N // BLOCK_SIZE, mask=next_N < end, other=0)
         offset_N = position_N % BLOCK_SIZE
-        key_N_ptr = key_ptr + block_N * key_block_stride + offset_N * key_token_stride
-        value_N_ptr = value_ptr + block_N * value_block_stride + offset_N * value_token_stride
+        key_N_ptr = key_ptr + this_block_N * key_block_stride + offset_N * key_token_stride
+        value_N_ptr = value_ptr + this_block_N * value_block_stride + offset_N * value_token_stride
 
         key_DN = load_where(
             key_N_ptr[None, :] + dim_D[:, None], in_reach_N[None, :] & in_head_D[:, None], 0.0, MASKED or PADDED
         )
         key_DN = to_compute_dtype(key_DN, query_MD.dtype, FP8_BITS)
-        score_MN = tl.dot(query_MD, key_DN, input_precision="ieee") * scale_log2
+        score_MN = tl.dot(query_MD, key_DN, input_precision="tf32x3") * scale_log2
         if MASKED:
             seen_MN = (position_N[None, :] <= position_M[:, None]) & in_reach_N[None, :]
             if WINDOW > 0:
@@ -118,7 +123,7 @@ def attend_keys(
             value_N_ptr[:, None] + dim_D[None, :], in_reach_N[:, None] & in_head_D[None, :], 0.0, MASKED or PADDED
         )
         value_ND = to_compute_dtype(value_ND, query_MD.dtype, FP8_BITS)
-        acc_MD = tl.dot(weight_MN.to(value_ND.dtype), value_ND, acc_MD * kept_M[:, None], input_precision="ieee")
+        acc_MD = tl.dot(weight_MN.to(value_ND.dtype), value_ND, acc_MD * kept_M[:, None], input_precision="tf32x3")
     return acc_MD, largest_M, total_M
 
 

@@ -34,7 +34,8 @@ SPLIT_TOKENS = 256
 MAX_SPLITS = 64  # of one row: fills a large device even with one row and few KV heads
 MIN_SPLITS_CAP = 8
 WORKSPACE_BYTES = 256 << 20  # what the states of all rows may take; with more rows and heads there are fewer splits
-PROGRAMS_PER_MULTIPROCESSOR = 4
+# As many as surely fit one at once: they share the items evenly, so a program that has to wait for another would double the time.
+PROGRAMS_PER_MULTIPROCESSOR = 2
 MIN_TILE_ROWS = 16  # what tensor cores multiply at once
 COMBINE_WARPS = 4
 
@@ -251,23 +252,29 @@ def group_block(group: int) -> int:
 
 
 def candidates(capability: Capability, key: Key) -> Sequence[LaunchParameters]:
-    """Tiles of about 32 KiB of keys and values, so that two or more programs fit a multiprocessor, deep enough to cover latency."""
+    """Tiles of about 32 KiB of keys and values, so that two programs fit a multiprocessor, deep enough to cover latency."""
     if capability == INTERPRETER:
         return [LaunchParameters.of(4, 2, BLOCK_N=64)]
     head_dim, _, query_dtype, cache_dtype = key
-    token_bytes = (
-        2 * triton.next_power_of_2(int(head_dim)) * max(item_bytes(str(query_dtype)), item_bytes(str(cache_dtype)))
-    )
-    best_tokens = min(128, max(16, (32 << 10) // token_bytes))
-    best_stages = 3 if shared_bytes(capability) > 200 << 10 else 2
-    found = [
-        LaunchParameters.of(num_warps, num_stages, BLOCK_N=tokens)
-        for tokens in (best_tokens, best_tokens // 2, best_tokens * 2)
-        for num_warps in (4, 2, 8)
-        for num_stages in (best_stages, 2, 3, 4)
-        if 16 <= tokens <= SPLIT_TOKENS and tokens * token_bytes * num_stages <= shared_bytes(capability)
+    num_bytes = max(item_bytes(str(query_dtype)), item_bytes(str(cache_dtype)))
+    token_bytes = 2 * triton.next_power_of_2(int(head_dim)) * num_bytes
+    tokens = min(128, max(16, (32 << 10) // token_bytes))
+    stages = 3 if shared_bytes(capability) > 200 << 10 else 2
+    shapes = [
+        (tokens, 4, stages),
+        (tokens, 4, stages + 1),
+        (tokens, 8, stages),
+        (tokens, 2, stages),
+        (tokens // 2, 4, stages + 2),
+        (tokens // 2, 2, stages + 1),
+        (tokens * 2, 8, 2),
+        (16, 4, 2),
     ]
-    return found
+    return [
+        LaunchParameters.of(num_warps, num_stages, BLOCK_N=block_n)
+        for block_n, num_warps, num_stages in shapes
+        if 16 <= block_n <= SPLIT_TOKENS and block_n * token_bytes * num_stages <= shared_bytes(capability)
+    ]
 
 
 TABLE.declare(KERNEL, candidates)

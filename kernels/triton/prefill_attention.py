@@ -28,6 +28,7 @@ from toka.kernels.triton.tuning import INTERPRETER, TABLE, Capability, Key, Laun
 
 KERNEL = "prefill_attention"
 PROGRAMS_PER_MULTIPROCESSOR = 2
+HOPPER: Capability = (9, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=ANY_ALIGNMENT)
@@ -160,20 +161,25 @@ def attend_prefill_rows(problem: Problem, out_THD: Tensor) -> None:
 
 def candidates(capability: Capability, key: Key) -> Sequence[LaunchParameters]:
     """Tiles as FlashAttention-2 has them: 128 query rows for 16-bit numbers and heads up to 128, fewer where registers run out."""
-    head_dim, group, query_dtype, cache_dtype = key
+    head_dim, group, query_dtype, cache_dtype = (str(part) for part in key)
     dim, group_rows = triton.next_power_of_2(int(head_dim)), triton.next_power_of_2(int(group))
     if capability == INTERPRETER:
         return [LaunchParameters.of(4, 2, BLOCK_M=max(32, group_rows), BLOCK_N=64)]
-    num_bytes = max(item_bytes(str(query_dtype)), item_bytes(str(cache_dtype)))
-    small = dim * num_bytes > 256
-    best = (64, 32, 4) if small else (128, 64, 8)
-    best_stages = 3 if shared_bytes(capability) > 200 << 10 else 2
-    shapes = dict.fromkeys([best, (64, 64, 4), (64, 32, 4), (128, 128, 8), (128, 64, 8), (128, 32, 8), (128, 64, 4)])
+    # Ampere spills at 64 keys if it must also fill up heads with zeros or take FP8 apart.
+    crowded = capability < HOPPER and (dim != int(head_dim) or item_bytes(cache_dtype) == 1)
+    num_bytes = max(item_bytes(query_dtype), item_bytes(cache_dtype))
+    if num_bytes == 4:
+        tiles = [(32, 32, 4), (16, 32, 4), (16, 16, 4)]
+    elif dim > 128:
+        tiles = [(64, 32, 8), (64, 64, 8), (64, 16, 4), (16, 16, 4)]
+    else:
+        tiles = [(128, 32 if crowded else 64, 8), (64, 64, 4), (128, 128, 8), (64, 32, 4), (128, 32, 8)]
+    stages = 3 if shared_bytes(capability) > 200 << 10 and num_bytes < 4 else 2
     return [
         LaunchParameters.of(num_warps, num_stages, BLOCK_M=max(rows, group_rows), BLOCK_N=tokens)
-        for rows, tokens, num_warps in shapes
-        for num_stages in (best_stages, 2, 3)
-        if (rows + 2 * tokens * num_stages) * dim * num_bytes <= shared_bytes(capability)
+        for num_stages in (stages, 2)
+        for rows, tokens, num_warps in tiles
+        if (max(rows, group_rows) + 2 * tokens * num_stages) * dim * num_bytes <= shared_bytes(capability)
     ]
 
 

@@ -68,8 +68,11 @@ class TuningTable:
         self._candidates[kernel] = candidates
 
     def candidates(self, kernel: str, capability: Capability, key: Key) -> tuple[LaunchParameters, ...]:
-        """What can be tried, without repetition, the shipped choice first."""
-        return tuple(dict.fromkeys(self._candidates[kernel](capability, key)))
+        """What can be tried, without repetition, the shipped choice first. Raises ConfigError if the device has no room for any."""
+        found = tuple(dict.fromkeys(self._candidates[kernel](capability, key)))
+        if not found:
+            raise ConfigError(f"no launch parameters of Triton kernel {kernel} fit this device at {key}.")
+        return found
 
     def lookup(self, kernel: str, capability: Capability, key: Key) -> LaunchParameters:
         """What to launch `kernel` with."""

@@ -102,7 +102,9 @@ def dynamic_shapes() -> dict[str, Any]:
     return {**fixed, **by_token, **by_row, "query_start": {0: num_rows + 1}, "sampling": dict.fromkeys(tables())}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=lambda i: f"{i.family}-{i.op}")
+@pytest.mark.parametrize(
+    "implementation", [i for i in IMPLEMENTATIONS if i.family != "triton"], ids=lambda i: f"{i.family}-{i.op}"
+)
 @pytest.mark.parametrize("lens", [[5, 1, 9], [1]], ids=str)
 def test_opcheck(implementation: Implementation, lens: list[int]) -> None:
     torch.library.opcheck(implementation.overload, arguments(implementation.op, lens))

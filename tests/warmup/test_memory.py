@@ -28,6 +28,8 @@ def config(**changes: object) -> ResolvedConfig:
         max_context_tokens=100,
         steps_in_flight=2,
         torch_compile=True,
+        artifact_path=None,
+        batch_invariant=False,
         cache_path=Path(),
         cxx=None,
     )

@@ -119,9 +119,9 @@ class FakeDevice:
 class Simulation:
     """Client, scheduler and device; check() after every event, finish() at the end."""
 
-    def __init__(self, admission: AdmissionPolicy | None = None, **config: Any):
+    def __init__(self, policy: AdmissionPolicy | None = None, **config: Any):
         self.config = SchedulerConfig(vocab_size=VOCAB, **config)
-        self.scheduler = Scheduler(self.config, secret=b"of these tests only", admission=admission)
+        self.scheduler = Scheduler(self.config, secret=b"of these tests only", admission=policy)
         self.salt_of_seed: dict[int, int] = {}
         self.device = FakeDevice(self.config, self.salt_of_seed)
         self.in_flight: deque[BatchPlan] = deque()
@@ -130,6 +130,8 @@ class Simulation:
         self.written: set[int] = set()  # slots written since their block was last leased
         self.next_id = 1
         self.num_events = 0
+        self.num_planned_tokens = 0
+        self.num_drawn = 0
         self.trace: list[bytes] = []  # the plans' bytes
 
     def submit(
@@ -180,6 +182,8 @@ class Simulation:
         if plan is not None:
             self._check_plan(plan)
             self.in_flight.append(plan)
+            self.num_planned_tokens += plan.num_tokens
+            self.num_drawn += int(np.count_nonzero(plan.samples))
             self.trace.append(plan_bytes(plan))
         self.check()
         return plan
@@ -280,8 +284,10 @@ def random_walk(seed: int, num_events: int) -> Simulation:
         prefix_cache=rng.random() < 0.8,
         steps_in_flight=rng.randrange(1, 5),
         watermark=rng.choice([0.0, 0.01, 0.2]),
+        admission=rng.choice(["forecast", "forecast", "when_free", "reserve_max"]),
+        track_early_stopping=rng.random() < 0.5,
     )
-    limit = simulation.config.max_tokens_per_request
+    config, limit = simulation.config, simulation.config.max_tokens_per_request
     common = [rng.randrange(VOCAB) for _ in range(limit)]
     while simulation.num_events < num_events:
         event = rng.random()
@@ -306,6 +312,8 @@ def random_walk(seed: int, num_events: int) -> Simulation:
         elif simulation.in_flight:
             simulation.commit()
     simulation.finish()
+    if config.admission == "reserve_max" or (config.admission == "forecast" and not config.track_early_stopping):
+        assert simulation.scheduler.stats().preemptions_total == 0, "a block was missing that had been foreseen"
     return simulation
 
 

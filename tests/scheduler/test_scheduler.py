@@ -15,7 +15,7 @@ import pytest
 from toka.errors import InvariantError, RequestError
 from toka.messages import FinishReason, unpack_tokens
 from toka.plan import StepResult
-from toka.scheduler.admission import Load
+from toka.scheduler.admission import Load, Prospect
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 ROOMY: dict[str, Any] = {"num_blocks": 64, "block_size": 4, "max_request_tokens": 60, "max_seqs_per_forward": 8}
@@ -153,7 +153,7 @@ def test_prefix_cache_off_shares_nothing(new_simulation: NewSimulation) -> None:
 
 def test_latest_of_the_lowest_priority_is_preempted_and_keeps_its_tokens(new_simulation: NewSimulation) -> None:
     simulation = new_simulation(
-        num_blocks=10, block_size=4, max_request_tokens=40, max_seqs_per_forward=4, watermark=0.0
+        num_blocks=10, block_size=4, max_request_tokens=40, max_seqs_per_forward=4, watermark=0.0, admission="when_free"
     )
     [urgent] = simulation.submit([1, 2, 3], max_tokens=25, priority=-1)
     [early] = simulation.submit([4, 5, 6], max_tokens=25)
@@ -232,7 +232,9 @@ def test_the_tail_of_a_past_prefix_is_evicted_before_its_head(new_simulation: Ne
 
 
 def test_no_more_are_preempted_than_the_blocks_on_their_way_back_call_for(new_simulation: NewSimulation) -> None:
-    simulation = new_simulation(num_blocks=6, block_size=4, max_request_tokens=24, steps_in_flight=3, watermark=0.0)
+    simulation = new_simulation(
+        num_blocks=6, block_size=4, max_request_tokens=24, steps_in_flight=3, watermark=0.0, admission="when_free"
+    )
     for token in range(3):
         simulation.submit([token] * 7, max_tokens=10)
     while not simulation.scheduler.stats().preemptions_total:
@@ -243,7 +245,9 @@ def test_no_more_are_preempted_than_the_blocks_on_their_way_back_call_for(new_si
 
 def test_a_policy_may_say_yes_too_often(new_simulation: NewSimulation) -> None:
     class Always:
-        def admits(self, num_blocks_needed: int, load: Load) -> bool:
+        retry_steps = 1
+
+        def admits(self, num_blocks_needed: int, load: Load, prospect: Prospect) -> bool:
             return True
 
     simulation = new_simulation(Always(), num_blocks=8, block_size=4, max_request_tokens=30)

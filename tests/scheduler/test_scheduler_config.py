@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from toka.errors import ConfigError
-from toka.scheduler.admission import AdmitWhenFree, Load
 from toka.scheduler.config import SchedulerConfig
 
 
@@ -36,10 +35,3 @@ def test_limits_of_one_request(num_blocks: int, context: int, tokens: int, block
 def test_rows_that_run_always_find_a_token_in_the_step() -> None:
     config = SchedulerConfig(num_blocks=8, max_request_tokens=8, max_tokens_per_forward=5, max_seqs_per_forward=9)
     assert (config.max_running, config.max_rows) == (5, 10)
-
-
-def test_the_watermark_counts_only_while_something_runs() -> None:
-    policy = AdmitWhenFree(SchedulerConfig(num_blocks=150, max_request_tokens=8).watermark_blocks)
-    assert policy.admits(10, Load(num_running=0, num_free_blocks=10))
-    assert not policy.admits(10, Load(num_running=1, num_free_blocks=11))
-    assert policy.admits(10, Load(num_running=1, num_free_blocks=12))

@@ -42,6 +42,8 @@ def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
             prefix_cache=st.booleans(),
             steps_in_flight=st.integers(1, 4),
             watermark=st.sampled_from([0.0, 0.1]),
+            admission=st.sampled_from(["forecast", "when_free", "reserve_max"]),
+            track_early_stopping=st.booleans(),
         )
         def start(self, **config: Any) -> None:
             self.simulation = new_simulation(**config)

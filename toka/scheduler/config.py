@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from toka.errors import ConfigError
 
@@ -20,6 +21,10 @@ class SchedulerConfig:
     steps_in_flight: plans that may wait for their result at once; 2 = one runs while the next is planned.
     vocab_size: token ids from here on are refused.
     watermark: share of the blocks that an admission leaves free while anything else runs, so that growth does not preempt at once.
+    admission: who may begin. "forecast": whoever fits over the whole life of all that run; "when_free": whoever finds blocks free
+    for its prompt; "reserve_max": whoever fits if everybody ran to max_tokens at once.
+    track_early_stopping: the forecast predicts output lengths from those seen; else it takes max_tokens and nobody is preempted.
+    early_stopping_margin: standard deviations that a predicted length is longer than the mean.
     """
 
     num_blocks: int
@@ -31,6 +36,9 @@ class SchedulerConfig:
     steps_in_flight: int = 2
     vocab_size: int = 2**31 - 1
     watermark: float = 0.01
+    admission: Literal["forecast", "when_free", "reserve_max"] = "forecast"
+    track_early_stopping: bool = True
+    early_stopping_margin: float = 0.25
 
     def __post_init__(self) -> None:
         for name in (
@@ -46,6 +54,8 @@ class SchedulerConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 <= self.watermark < 1.0:
             raise ConfigError(f"watermark must be at least 0 and below 1, got {self.watermark}")
+        if not (math.isfinite(self.early_stopping_margin) and self.early_stopping_margin >= 0.0):
+            raise ConfigError(f"early_stopping_margin must be at least 0, got {self.early_stopping_margin}")
 
     @property
     def max_running(self) -> int:

@@ -19,6 +19,7 @@ from toka.plan import I32
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.prefix_index import KeyChain
 from toka.scheduler.request_table import RequestTable
+from toka.scheduler.stop_predictor import class_of
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,7 @@ class Request:
 
     rank: (priority, arrival), lower runs first. max_total_tokens: prompt + max_tokens. chain: keys of its full blocks.
     num_cached_tokens: prompt tokens found in the prefix cache at its first admission, -1 before.
+    num_lost_tokens: tokens whose KV it gave up when it was preempted; whatever of them is not found again is recomputed.
     """
 
     request_id: int
@@ -38,6 +40,12 @@ class Request:
     max_total_tokens: int
     chain: KeyChain
     num_cached_tokens: int = -1
+    num_lost_tokens: int = 0
+
+    @property
+    def stop_class(self) -> int:
+        """Its class for the prediction of output lengths."""
+        return class_of(self.num_prompt_tokens, self.max_total_tokens - self.num_prompt_tokens)
 
 
 class _State:
@@ -120,6 +128,7 @@ class Draining(_State):
             )
         request = self._consume()
         tokens = table.tokens_of(self.row).copy() if self.reason is FinishReason.NONE else None
+        request.num_lost_tokens = int(table.num_computed_tokens[self.row])
         pool.release(table.blocks_of(self.row)[::-1])
         table.give_up_row(self.row)
         if tokens is None:

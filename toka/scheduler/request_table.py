@@ -29,7 +29,8 @@ class RequestTable:
     """Columns, all of length M:
 
     request_id int64; priority, arrival int64: the rank, lower runs first.
-    num_cached_tokens int32: prompt tokens found in the prefix cache. max_total_tokens int32: prompt + max_tokens.
+    num_prompt_tokens int32. num_cached_tokens int32: prompt tokens found in the prefix cache. max_total_tokens int32: prompt +
+    max_tokens. stop_class int64: see stop_predictor. predicted_tokens int32: the output length expected at admission.
     num_tokens int32: tokens whose ids the host knows. num_computed_tokens int32: tokens whose KV is written once every
     plan made so far has run. A row prefills until its tokens are computed; from its first draw on a step computes one.
     token_room int32: tokens that the row's blocks can hold, block_size times their number.
@@ -44,6 +45,9 @@ class RequestTable:
         self.request_id = np.full(rows, -1, dtype=np.int64)
         self.priority = np.zeros(rows, dtype=np.int64)
         self.arrival = np.zeros(rows, dtype=np.int64)
+        self.num_prompt_tokens = np.zeros(rows, dtype=np.int32)
+        self.stop_class = np.zeros(rows, dtype=np.int64)
+        self.predicted_tokens = np.zeros(rows, dtype=np.int32)
         self.num_cached_tokens = np.zeros(rows, dtype=np.int32)
         self.max_total_tokens = np.zeros(rows, dtype=np.int32)
         self.num_tokens = np.zeros(rows, dtype=np.int32)

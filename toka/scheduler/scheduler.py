@@ -26,10 +26,11 @@ import numpy.typing as npt
 from toka.errors import InvariantError, RequestError
 from toka.messages import EngineStats, FinishReason, Submit
 from toka.plan import I32, BatchPlan, BlockTableChanges, StepResult
-from toka.scheduler.admission import AdmissionPolicy, AdmitWhenFree, Load
+from toka.scheduler.admission import AdmissionPolicy, Load, policy_of
 from toka.scheduler.batching import NONE_FILLED, Chunk, DecodeSet, Filled, StepInFlight
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
+from toka.scheduler.outlook import Forecaster, HeadProspect, Newcomer, Outlook, RunningRows
 from toka.scheduler.outputs import TokenOutputs
 from toka.scheduler.plan_builder import (
     build_decode_plan,
@@ -41,6 +42,8 @@ from toka.scheduler.prefix_index import PrefixIndex
 from toka.scheduler.prefix_registrar import PrefixRegistrar
 from toka.scheduler.request import Draining, Finished, Live, Request, Running, Waiting
 from toka.scheduler.request_table import RequestTable, Rows
+from toka.scheduler.shared_prefix import SharedPrefixes
+from toka.scheduler.stop_predictor import StopPredictor
 from toka.scheduler.submission import samples_of
 from toka.scheduler.waiting_queue import WaitingQueue
 
@@ -48,11 +51,13 @@ from toka.scheduler.waiting_queue import WaitingQueue
 @dataclass(frozen=True, slots=True)
 class _Blocked:
     """Why the head of the queue could not begin: it needed num_fresh blocks at least, and still does until the index knows
-    missing_key, the first of its blocks that was not shared (None: all that may be shared were)."""
+    missing_key, the first of its blocks that was not shared (None: all that may be shared were). The policy is not asked
+    again before step retry_at."""
 
     head: Waiting
     num_fresh: int
     missing_key: bytes | None
+    retry_at: int
 
 
 class _DecodeStep(NamedTuple):
@@ -67,7 +72,7 @@ class Scheduler:
     """Continuous batching with chunked prefill over paged KV blocks; see the module's docstring.
 
     secret: keys the hashes of the prefix cache, 16..64 bytes; drawn at random if None. It influences no decision.
-    admission: the policy that lets requests begin; by default when their blocks are free.
+    admission: the policy that lets requests begin; by default the one that the configuration names.
     """
 
     def __init__(
@@ -75,11 +80,16 @@ class Scheduler:
     ):
         self.config = config
         self._secret = os.urandom(32) if secret is None else secret
-        self._admission = admission or AdmitWhenFree(config.watermark_blocks)
+        self._admission = admission or policy_of(config)
         self._table = RequestTable(config)
         self._index = PrefixIndex(config.num_blocks)
         self._registrar = PrefixRegistrar(self._table, self._index, enabled=config.prefix_cache)
         self._pool = BlockPool(config.num_blocks, self._index)
+        self._shared = SharedPrefixes(config.num_blocks, config.max_rows)
+        tracks = config.admission == "forecast" and config.track_early_stopping
+        self._predictor = StopPredictor(config.early_stopping_margin) if tracks else None
+        self._forecaster = Forecaster(config, self._table, self._shared, self._predictor)
+        self._outlook: Outlook | None = None  # of the step being planned, made when first asked for
         self._states: dict[int, Live] = {}  # by request id; what is over is not in it
         self._waiting = WaitingQueue()
         self._prefilling: list[tuple[tuple[int, int], int]] = []  # (rank, row), in rank order
@@ -96,6 +106,7 @@ class Scheduler:
         self._num_cached_tokens = 0
         self._num_generated_tokens = 0
         self._num_preemptions = 0
+        self._num_recomputed_tokens = 0
 
     # ---------------------------------------------------------------------------------------------------- submit, abort
 
@@ -162,6 +173,7 @@ class Scheduler:
         if num_needy:
             rows, blocks = decodes.rows[needy], self._pool.take(num_needy)
             columns = self._table.append_blocks(rows, blocks)
+            self._shared.take(rows, blocks)
             filled = Filled(rows, columns - np.int32(1), decodes.generations[needy])
             changes.append(BlockTableChanges(rows=decodes.rows_i32[needy], columns=columns, blocks=blocks))
         self._table.num_computed_tokens[decodes.rows] = seq_lens
@@ -192,6 +204,8 @@ class Scheduler:
                 return
             waiting_for_block.pop(row, None)
             self._num_preemptions += 1
+            if self._predictor is not None:
+                self._predictor.widen()
             self._leave([row])
             self._drain(self._running(row).preempt(self._planned_step))
             self._settle()
@@ -213,6 +227,7 @@ class Scheduler:
         admitted: list[tuple[int, Request]] = []
         running = deque(self._prefilling)
         may_admit = True
+        self._outlook = None
         while budget > 0:
             head = self._waiting.head() if may_admit else None
             if running and (head is None or running[0][0][0] <= head.request.rank[0]):
@@ -253,21 +268,62 @@ class Scheduler:
             request.chain.extend(tokens, len(tokens) // block_size)
         shared = self._index.longest_prefix(request.chain, max_shared)
         num_fresh = num_blocks - len(shared)
-        num_needed = num_fresh + int(np.count_nonzero(pool.ref_counts(shared) == 0))
-        if num_needed > load.num_free_blocks or not self._admission.admits(num_needed, load):
+        held = pool.ref_counts(shared) > 0
+        num_needed = num_blocks - int(np.count_nonzero(held))
+        newcomer = Newcomer(
+            num_tokens=len(tokens),
+            num_cached=len(shared) * block_size,
+            num_needed=num_needed,
+            held=shared[held],
+            stop_class=request.stop_class,
+            arrival=request.rank[1],
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_total_tokens=request.max_total_tokens,
+        )
+        prospect = HeadProspect(lambda: self._look(request, newcomer), newcomer)
+        if num_needed > load.num_free_blocks or not self._admission.admits(num_needed, load, prospect):
             missing = request.chain.keys_of(len(shared), max_shared)[:1]
-            self._blocked = _Blocked(head, num_fresh, missing[0] if missing else None)
+            retry_at = self._planned_step + self._admission.retry_steps
+            self._blocked = _Blocked(head, num_fresh, missing[0] if missing else None, retry_at)
             return None
         pool.share(shared)
-        blocks = np.concatenate((shared, pool.take(num_fresh)))
+        fresh = pool.take(num_fresh)
+        blocks = np.concatenate((shared, fresh))
         row = table.take_row()
         self._fill_row(row, request, tokens, blocks, num_shared=len(shared))
+        self._shared.join(row, shared, held)
+        self._shared.take(row, fresh)
+        if self._outlook is not None:
+            self._outlook.add(newcomer, row)
         owner = self._waiting.pop().admit(row)
         self._owners[row] = owner
         self._states[request.request_id] = owner
         insort(self._prefilling, (request.rank, row))
         columns = np.arange(num_blocks, dtype=np.int32)
         return row, BlockTableChanges(np.full(num_blocks, row, dtype=np.int32), columns, blocks)
+
+    def _look(self, request: Request, newcomer: Newcomer) -> Outlook:
+        """The outlook that this request meets in the step being planned."""
+        prefilling = self._prefilling
+        overtakes = bool(prefilling) and request.rank[0] < prefilling[-1][0][0]
+        if self._outlook is not None and not overtakes:
+            return self._outlook
+        draining = np.array(self._draining, dtype=np.intp)
+        last_steps = [
+            owner.last_step for owner in map(self._owners.__getitem__, self._draining) if isinstance(owner, Draining)
+        ]
+        running = RunningRows(
+            decodes=self._decodes.rows,
+            prefilling=np.array([row for _, row in prefilling], dtype=np.intp),
+            draining=draining,
+            drained_since=self._planned_step + 1 - np.array(last_steps, dtype=np.int64),
+            num_free_blocks=self._pool.num_free,
+        )
+        if overtakes:  # it delays rows that prefill, which an outlook for everybody cannot know
+            self._outlook = None
+            return self._forecaster.look(running, prefill_first=newcomer.num_missing)
+        self._outlook = self._forecaster.look(running)
+        return self._outlook
 
     def _is_still_blocked(self, head: Waiting, load: Load) -> bool:
         """Whether the head that could not begin last time cannot now either, seen without walking its whole prefix again."""
@@ -276,7 +332,9 @@ class Scheduler:
             return False
         if blocked.missing_key is not None and blocked.missing_key in self._index:
             return False
-        return blocked.num_fresh > load.num_free_blocks or not self._admission.admits(blocked.num_fresh, load)
+        return blocked.num_fresh > load.num_free_blocks or (
+            load.num_running > 0 and self._planned_step < blocked.retry_at
+        )
 
     def _fill_row(self, row: int, request: Request, tokens: I32, blocks: I32, num_shared: int) -> None:
         table, num_computed = self._table, num_shared * self.config.block_size
@@ -284,6 +342,9 @@ class Scheduler:
             request.num_cached_tokens = num_computed
             self._num_prompt_tokens += request.num_prompt_tokens
             self._num_cached_tokens += num_computed
+        self._num_recomputed_tokens += max(request.num_lost_tokens - num_computed, 0)
+        table.num_prompt_tokens[row] = request.num_prompt_tokens
+        table.stop_class[row] = request.stop_class
         table.request_id[row] = request.request_id
         table.priority[row], table.arrival[row] = request.rank
         table.num_cached_tokens[row] = request.num_cached_tokens
@@ -295,6 +356,13 @@ class Scheduler:
         table.blocks[row, : len(blocks)] = blocks
         table.set_stop_ids(row, request.stop_token_ids)
         self._registrar.take_row(row, request.chain, num_shared)
+        if self._predictor is not None:
+            table.predicted_tokens[row] = self._predictor.predict_one(
+                request.stop_class,
+                request.rank[1],
+                len(tokens) - request.num_prompt_tokens,
+                request.max_total_tokens - request.num_prompt_tokens,
+            )
 
     def _end_or_decode(self, decodes: DecodeSet, seq_lens: I32, chunks: list[Chunk]) -> None:
         """After a plan is made: rows that draw their last token in it drain, rows whose prompt ends in it decode from now on."""
@@ -387,6 +455,9 @@ class Scheduler:
                 return
             self._draining.popleft()
             self._registrar.give_up_row(row)
+            self._shared.leave(row)
+            if self._predictor is not None and owner.reason is not FinishReason.NONE:
+                self._learn_from(row)
             request_id = owner.request.request_id
             after = owner.settle(self._settled_step, self._table, self._pool)
             self._owners[row] = None
@@ -396,12 +467,27 @@ class Scheduler:
             elif isinstance(after, Finished) and after.reason is not FinishReason.ABORT:
                 del self._states[request_id]
 
+    def _learn_from(self, row: int) -> None:
+        """The request in this row is over; one that was aborted counts too, since its stop string may have come."""
+        table = self._table
+        num_prompt_tokens = int(table.num_prompt_tokens[row])
+        num_generated = int(table.num_tokens[row]) - num_prompt_tokens
+        if self._predictor is not None and num_generated:
+            max_tokens = int(table.max_total_tokens[row]) - num_prompt_tokens
+            predicted = int(table.predicted_tokens[row])
+            self._predictor.observe(int(table.stop_class[row]), num_generated, max_tokens, predicted)
+
     # ---------------------------------------------------------------------------------------------------------- outside
 
     @property
     def has_work(self) -> bool:
         """Whether any request or step is not over yet."""
         return bool(self._states or self._draining or self._in_flight)
+
+    @property
+    def num_recomputed_tokens(self) -> int:
+        """Tokens computed once more since their request was preempted, all in all."""
+        return self._num_recomputed_tokens
 
     def stats(self) -> EngineStats:
         """Gauges and counters, as they stand between calls."""
@@ -426,6 +512,7 @@ class Scheduler:
         rows = table.live_rows()
         held = [table.blocks_of(row) for row in rows.tolist()]
         self._pool.check_invariants(np.concatenate(held) if held else np.empty(0, dtype=np.int32))
+        self._shared.check_invariants(rows.tolist(), held)
         self._index.check_invariants()
         table.check_invariants()
         owned = [row for row, owner in enumerate(self._owners) if owner is not None]

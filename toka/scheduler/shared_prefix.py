@@ -1,0 +1,158 @@
+"""Which running requests hold which blocks together, kept up as requests come and go.
+
+Blocks that the same rows share make a *run*: the blocks of a common prefix, or of the part of it that goes on for some of
+them (so runs nest as prefixes do). A row that begins joins the runs it found, splits one of which it found a part only,
+and makes new ones of blocks that one row held alone so far. The cost is that of the blocks found, once, at admission.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from toka.errors import InvariantError
+from toka.plan import I32, I64
+from toka.scheduler.request_table import Rows
+
+NO_RUN = -1
+
+
+@dataclass(slots=True)
+class _Run:
+    """num_blocks blocks that these rows hold, in the order in which they joined."""
+
+    num_blocks: int
+    rows: dict[int, None]
+
+
+class SharedPrefixes:
+    """The only writer of who shares what. A block's entries count only while somebody holds it."""
+
+    def __init__(self, num_blocks: int, max_rows: int):
+        self._run_of = np.full(num_blocks, NO_RUN, dtype=np.int64)  # NO_RUN: held by one row alone,
+        self._row_of = np.zeros(num_blocks, dtype=np.int64)  # this one
+        self._runs: dict[int, _Run] = {}
+        self._runs_of_row: list[list[int]] = [[] for _ in range(max_rows)]
+        self._next_run = 0
+        self.num_shared_blocks = np.zeros(max_rows, dtype=np.int64)  # of each row, the blocks that are in runs
+        self._columns: _RunColumns | None = None  # made anew when asked for after a change
+
+    def take(self, rows: Rows | int, blocks: I32) -> None:
+        """Row rows[i] (or all of them the same) leased block blocks[i], which nobody held."""
+        self._run_of[blocks] = NO_RUN
+        self._row_of[blocks] = rows
+
+    def join(self, row: int, blocks: I32, held: npt.NDArray[np.bool_]) -> None:
+        """The row leased these blocks of its prefix once more; held: whether others did already."""
+        self.take(row, blocks[~held])
+        shared = blocks[held]
+        if not len(shared):
+            return
+        self._columns = None
+        runs = self._run_of[shared]
+        alike = np.where(runs == NO_RUN, -1 - self._row_of[shared], runs)  # a run, or below zero -1 - the row alone
+        bounds = [0, *(np.flatnonzero(np.diff(alike)) + 1).tolist(), len(shared)]
+        for start, stop in pairwise(bounds):
+            run = self._run_of_exactly(shared[start:stop], int(alike[start]))
+            self._add(run, row)
+
+    def _run_of_exactly(self, blocks: I32, alike: int) -> int:
+        """The run of these blocks that the same rows hold: as it is, split off, or new."""
+        if alike >= 0 and self._runs[alike].num_blocks == len(blocks):
+            return alike
+        run, self._next_run = self._next_run, self._next_run + 1
+        self._run_of[blocks] = run
+        self._runs[run] = _Run(len(blocks), {})
+        if alike < 0:
+            self._add(run, -1 - alike)
+        else:
+            whole = self._runs[alike]
+            whole.num_blocks -= len(blocks)
+            self._runs[run].rows.update(whole.rows)
+            for row in whole.rows:
+                self._runs_of_row[row].append(run)
+        return run
+
+    def _add(self, run: int, row: int) -> None:
+        self._runs[run].rows[row] = None
+        self._runs_of_row[row].append(run)
+        self.num_shared_blocks[row] += self._runs[run].num_blocks
+
+    def leave(self, row: int) -> None:
+        """The row gives all its blocks back."""
+        if not self._runs_of_row[row]:
+            return
+        self._columns = None
+        for number in self._runs_of_row[row]:
+            run = self._runs[number]
+            del run.rows[row]
+            if not run.rows:
+                del self._runs[number]
+        self._runs_of_row[row] = []
+        self.num_shared_blocks[row] = 0
+
+    def releases(self, release_of_row: I64) -> tuple[I64, I64]:
+        """Number of blocks of every run, and when the last of its rows gives them back; int64 [S] each.
+
+        release_of_row: int64 [M].
+        """
+        columns = self._run_columns()
+        if not len(columns.num_blocks):
+            return columns.num_blocks, columns.num_blocks
+        return columns.num_blocks, np.maximum.reduceat(release_of_row[columns.rows], columns.starts)
+
+    def release_of(self, blocks: I32, release_of_row: I64) -> I64:
+        """When each of these blocks, which somebody holds, will be given back by the last who does; int64, shape of blocks."""
+        release: I64 = release_of_row[self._row_of[blocks]]
+        runs = self._run_of[blocks]
+        shared = runs != NO_RUN
+        if shared.any():
+            columns = self._run_columns()
+            places = np.searchsorted(columns.numbers, runs[shared])
+            release[shared] = self.releases(release_of_row)[1][places]
+        return release
+
+    def _run_columns(self) -> _RunColumns:
+        if self._columns is None:
+            runs = self._runs.values()
+            sizes = np.array([len(run.rows) for run in runs], dtype=np.int64)
+            self._columns = _RunColumns(
+                numbers=np.array(list(self._runs), dtype=np.int64),
+                num_blocks=np.array([run.num_blocks for run in runs], dtype=np.int64),
+                starts=np.cumsum(sizes) - sizes,
+                rows=np.array([row for run in runs for row in run.rows], dtype=np.intp),
+            )
+        return self._columns
+
+    def check_invariants(self, rows: list[int], blocks_of_rows: list[I32]) -> None:
+        """Raise InvariantError unless runs and lone blocks are what these rows hold."""
+        holders: dict[int, list[int]] = {}
+        for row, blocks in zip(rows, blocks_of_rows, strict=True):
+            for block in blocks.tolist():
+                holders.setdefault(block, []).append(row)
+        sizes: dict[int, int] = {}
+        for block, held_by in holders.items():
+            number = int(self._run_of[block])
+            known = [int(self._row_of[block])] if number == NO_RUN else sorted(self._runs[number].rows)
+            if known != sorted(held_by):
+                raise InvariantError(f"block {block} is held by rows {held_by}, known are {known}")
+            if number != NO_RUN:
+                sizes[number] = sizes.get(number, 0) + 1
+        if sizes != {number: run.num_blocks for number, run in self._runs.items()}:
+            raise InvariantError("the runs' sizes disagree with the blocks in them")
+        for row, numbers in enumerate(self._runs_of_row):
+            if int(self.num_shared_blocks[row]) != sum(self._runs[number].num_blocks for number in numbers):
+                raise InvariantError(f"row {row} disagrees with its runs")
+
+
+@dataclass(frozen=True, slots=True)
+class _RunColumns:
+    """All runs as arrays. numbers, num_blocks, starts: int64 [S], rows[starts[i] : starts[i + 1]] hold run i; rows intp."""
+
+    numbers: I64
+    num_blocks: I64
+    starts: I64
+    rows: Rows

@@ -11,7 +11,7 @@ import triton
 from toka.kernels.triton import decode_attention, prefill_attention
 from toka.kernels.triton.attention_tile import NATIVE_FP8, dtype_name
 from toka.kernels.triton.compile_case import CompileCase, signature_of
-from toka.kernels.triton.merge_attention import PARTS_BLOCK
+from toka.kernels.triton.merge_attention import PARAMETERS as MERGE_PARAMETERS
 from toka.kernels.triton.tuning import Capability, LaunchParameters
 
 CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0))
@@ -72,7 +72,6 @@ def _case(kind: str, kernel: Any, shape: Shape, capability: Capability, paramete
         "WINDOW": shape.window,
         "SPLIT_TOKENS": decode_attention.SPLIT_TOKENS,
         "MAX_SPLITS": decode_attention.MAX_SPLITS,
-        "PARTS_BLOCK": PARTS_BLOCK,
         "ROWS_BLOCK": 128,
         "FP8_BITS": fp8_bits,
         "WIDE": False,
@@ -100,8 +99,9 @@ def _cases() -> list[CompileCase]:
             cases.append(_case("decode", decode_attention.decode_attention_kernel, shape, capability, decode))
             prefill = shape.parameters(prefill_attention, capability)
             cases.append(_case("prefill", prefill_attention.prefill_attention_kernel, shape, capability, prefill))
-        combine = LaunchParameters.of(decode_attention.COMBINE_WARPS, 1)
-        cases.append(_case("combine splits", decode_attention.combine_splits_kernel, SHAPES[0], capability, combine))
+        cases.append(
+            _case("combine splits", decode_attention.combine_splits_kernel, SHAPES[0], capability, MERGE_PARAMETERS)
+        )
     return cases
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import toka.kernels.triton
-from toka.errors import ConfigError
+from toka.errors import ConfigError, InvariantError
 from toka.kernels.triton.compile_case import CompileCase
 from toka.kernels.triton.library import is_interpreting
+from toka.kernels.triton.tuning import COMPILE_OPTIONS
 
 ARCHITECTURES = (80, 90, 100)
 WARP_SIZE = 32
@@ -60,8 +61,7 @@ def compile_all(
 ) -> list[Resources]:
     """Compile every case of the modules (None = all) for each architecture that it is meant for.
 
-    architectures: 90 stands for sm_90. Raises ConfigError under TRITON_INTERPRET=1; a kernel that does not compile raises what
-    Triton raises.
+    architectures: 90 stands for sm_90. Raises ConfigError under TRITON_INTERPRET=1, InvariantError for a kernel that does not compile.
     """
     if is_interpreting():
         raise ConfigError("Triton compiles nothing while it interprets: unset TRITON_INTERPRET.")
@@ -92,7 +92,7 @@ def compile_case(case: CompileCase, architecture: int) -> Resources:
     source = ASTSource(
         fn=case.kernel, signature=dict(case.signature), constexprs=dict(case.constants), attrs=_alignments(case)
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **COMPILE_OPTIONS, **case.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, WARP_SIZE), options=options)
     cubin: bytes = compiled.asm["cubin"]
     registers, spilled_bytes = _usage(cubin)
@@ -120,7 +120,11 @@ def _use_cache(directory: str) -> None:
 
 def _compile_job(job: tuple[str, int, int]) -> Resources:
     module, index, architecture = job
-    return compile_case(cases_of(module)[index], architecture)
+    case = cases_of(module)[index]
+    try:
+        return compile_case(case, architecture)
+    except Exception as error:  # whatever Triton and ptxas raise
+        raise InvariantError(f"{module}: {case.name!r} does not compile for sm_{architecture}: {error}") from error
 
 
 def _alignments(case: CompileCase) -> dict[tuple[int], list[list[Any]]]:

@@ -26,7 +26,8 @@ from toka.kernels.triton.attention_tile import (
     num_programs,
     shared_bytes,
 )
-from toka.kernels.triton.merge_attention import PARTS_BLOCK, merge_parts
+from toka.kernels.triton.merge_attention import PARAMETERS as MERGE_PARAMETERS
+from toka.kernels.triton.merge_attention import merge_parts
 from toka.kernels.triton.tuning import INTERPRETER, TABLE, Capability, Key, LaunchParameters
 
 KERNEL = "decode_attention"
@@ -37,7 +38,6 @@ WORKSPACE_BYTES = 256 << 20  # what the states of all rows may take; with more r
 # As many as surely fit one at once: they share the items evenly, so a program that has to wait for another would double the time.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 MIN_TILE_ROWS = 16  # what tensor cores multiply at once
-COMBINE_WARPS = 4
 
 
 @triton.jit
@@ -226,9 +226,8 @@ def attend_decode_rows(problem: Problem, out_THD: Tensor) -> None:
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             DIM_BLOCK=arguments["DIM_BLOCK"],
-            PARTS_BLOCK=PARTS_BLOCK,
             **constants,
-            num_warps=COMBINE_WARPS,
+            **MERGE_PARAMETERS.keywords,
         )
 
 
@@ -242,7 +241,7 @@ def most_splits(problem: Problem) -> int:
         reach = min(reach, problem.window + SPLIT_TOKENS)
     bytes_per_split = problem.block_table.shape[0] * problem.num_heads * problem.head_dim * torch.float32.itemsize
     affordable = max(MIN_SPLITS_CAP, WORKSPACE_BYTES // bytes_per_split)
-    return min(triton.cdiv(reach, SPLIT_TOKENS), affordable, MAX_SPLITS)
+    return min(-(-reach // SPLIT_TOKENS), affordable, MAX_SPLITS)
 
 
 def group_block(group: int) -> int:

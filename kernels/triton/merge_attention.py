@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from toka.errors import InvariantError
-from toka.kernels.triton.compile_case import CompileCase
+from toka.kernels.triton.compile_case import CompileCase, signature_of
+from toka.kernels.triton.tuning import LaunchParameters
 
-PARTS_BLOCK = 16
-NUM_WARPS = 4
+PARAMETERS = LaunchParameters.of(4, 1, PARTS_BLOCK=16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -110,29 +110,23 @@ def merge_attention(output_STHD: Tensor, lse_STH: Tensor) -> tuple[Tensor, Tenso
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             DIM_BLOCK=triton.next_power_of_2(head_dim),
-            PARTS_BLOCK=PARTS_BLOCK,
-            num_warps=NUM_WARPS,
+            **PARAMETERS.keywords,
         )
     return merged_THD, merged_lse_TH
 
 
+_CONSTANTS = {"NUM_HEADS": 32, "HEAD_DIM": 128, "DIM_BLOCK": 128, **dict(PARAMETERS.constants)}
 COMPILE_CASES = [
     CompileCase(
         name="merge_attention d128",
         kernel=merge_attention_kernel,
-        signature={
-            "output_ptr": "*fp32",
-            "lse_ptr": "*fp32",
-            "merged_ptr": "*fp32",
-            "merged_lse_ptr": "*fp32",
-            "num_parts": "i32",
-            "num_tokens": "i32",
-            "NUM_HEADS": "constexpr",
-            "HEAD_DIM": "constexpr",
-            "DIM_BLOCK": "constexpr",
-            "PARTS_BLOCK": "constexpr",
-        },
-        constants={"NUM_HEADS": 32, "HEAD_DIM": 128, "DIM_BLOCK": 128, "PARTS_BLOCK": PARTS_BLOCK},
-        num_warps=NUM_WARPS,
+        signature=signature_of(
+            merge_attention_kernel,
+            dict.fromkeys(("output_ptr", "lse_ptr", "merged_ptr", "merged_lse_ptr"), "*fp32"),
+            _CONSTANTS,
+        ),
+        constants=_CONSTANTS,
+        num_warps=PARAMETERS.num_warps,
+        num_stages=PARAMETERS.num_stages,
     )
 ]

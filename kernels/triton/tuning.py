@@ -25,6 +25,8 @@ Key = tuple[int | str, ...]
 
 INTERPRETER: Capability = (0, 0)
 TABLE_VERSION = 1
+# Products and sums become one instruction. Said outright, since Triton's own default changes from version to version.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class LaunchParameters:
     @property
     def keywords(self) -> dict[str, int]:
         """Keyword arguments of the launch: `kernel[grid](..., **parameters.keywords)`."""
-        return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILE_OPTIONS}
 
 
 Candidates = Callable[[Capability, Key], Sequence[LaunchParameters]]

@@ -31,7 +31,7 @@ def test_the_shipped_choice_comes_first(table: TuningTable) -> None:
     assert table.lookup("kernel", HOPPER, KEY) == LARGE
     assert table.lookup("kernel", (8, 0), KEY) == SMALL
     assert LARGE["BLOCK_N"] == 128
-    assert LARGE.keywords == {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    assert LARGE.keywords == {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def test_tuning_records_the_fastest_and_runs_each_as_lookup_answers(table: TuningTable) -> None:

@@ -21,7 +21,8 @@ def test_the_fastest_that_fits_is_chosen() -> None:
 def test_the_reason_names_what_was_passed_over() -> None:
     kernel = choose("paged_attention", "cpu", torch.float32, families=BOTH, head_dim=512)
     assert kernel.overload is torch.ops.toka.paged_attention.default
-    assert kernel.reason == "reference, priority 0; passed over: cpp head dim 512 is above 256"
+    assert kernel.reason.startswith("reference, priority 0; passed over: ")
+    assert "cpp head dim 512 is above 256" in kernel.reason
     kernel = choose("sample", "cuda", torch.float32, families=BOTH)
     assert "cpp runs on cpu only" in kernel.reason
     kernel = choose("sample", "cpu", torch.float32, families=("reference",))
@@ -33,14 +34,12 @@ def test_nothing_that_fits_is_an_error() -> None:
         choose("sample", "cpu", torch.float64, families=BOTH)
     with pytest.raises(ConfigError, match="reference is not chunk_invariant"):
         choose("paged_attention", "cuda", torch.float32, families=BOTH, traits=[Trait.CHUNK_INVARIANT])
-    with pytest.raises(
-        ConfigError, match="unknown kernel operator 'attention'; known: paged_attention, sample, write_kv"
-    ):
+    with pytest.raises(ConfigError, match="unknown kernel operator 'attention'; known: .*paged_attention, .*sample, "):
         choose("attention", "cpu", torch.float32, families=BOTH)
 
 
-def test_every_operator_has_a_reference_and_something_faster() -> None:
+def test_every_operator_has_one_reference_below_all_others() -> None:
     for op in SCHEMAS:
         found = implementations(op)
-        assert found[-1].family == "reference" and len(found) > 1
+        assert [each.family for each in found].count("reference") == 1 and found[-1].family == "reference"
         assert len({(i.family, i.priority) for i in found}) == len(found)

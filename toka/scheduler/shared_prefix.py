@@ -129,23 +129,22 @@ class SharedPrefixes:
 
     def check_invariants(self, rows: list[int], blocks_of_rows: list[I32]) -> None:
         """Raise InvariantError unless runs and lone blocks are what these rows hold."""
-        holders: dict[int, list[int]] = {}
-        for row, blocks in zip(rows, blocks_of_rows, strict=True):
-            for block in blocks.tolist():
-                holders.setdefault(block, []).append(row)
-        sizes: dict[int, int] = {}
-        for block, held_by in holders.items():
-            number = int(self._run_of[block])
-            known = [int(self._row_of[block])] if number == NO_RUN else sorted(self._runs[number].rows)
-            if known != sorted(held_by):
-                raise InvariantError(f"block {block} is held by rows {held_by}, known are {known}")
-            if number != NO_RUN:
-                sizes[number] = sizes.get(number, 0) + 1
-        if sizes != {number: run.num_blocks for number, run in self._runs.items()}:
-            raise InvariantError("the runs' sizes disagree with the blocks in them")
-        for row, numbers in enumerate(self._runs_of_row):
-            if int(self.num_shared_blocks[row]) != sum(self._runs[number].num_blocks for number in numbers):
-                raise InvariantError(f"row {row} disagrees with its runs")
+        held = np.concatenate((*blocks_of_rows, np.empty(0, dtype=np.int32)))
+        holders = np.repeat(np.array(rows, dtype=np.int64), [len(blocks) for blocks in blocks_of_rows])
+        runs = self._run_of[held]
+        alone = runs == NO_RUN
+        strangers = np.flatnonzero(alone & (self._row_of[held] != holders))
+        if len(strangers) or np.bincount(held[alone], minlength=1).max() > 1:
+            raise InvariantError(f"blocks {held[strangers]} are held by rows {holders[strangers]}, which nobody knew")
+        max_rows = len(self._runs_of_row)
+        pairs, sizes = np.unique(runs[~alone] * max_rows + holders[~alone], return_counts=True)
+        known = {number * max_rows + row: run.num_blocks for number, run in self._runs.items() for row in run.rows}
+        if dict(zip(pairs.tolist(), sizes.tolist(), strict=True)) != known:
+            raise InvariantError("the runs disagree with the blocks that their rows hold")
+        of_row = {number * max_rows + row for row, numbers in enumerate(self._runs_of_row) for number in numbers}
+        num_shared = np.bincount(holders[~alone], minlength=max_rows)
+        if of_row != known.keys() or not np.array_equal(num_shared, self.num_shared_blocks):
+            raise InvariantError("the rows disagree with their runs")
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,20 +90,38 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         max_head_dim=256,
         traits=frozenset(Trait),
     ),
-    Implementation("sample", "cpp", "toka_cpp", priority=10, devices=frozenset({"cpu"}), traits=frozenset(Trait)),
+    *(
+        Implementation(
+            op,
+            "cpp",
+            "toka_cpp",
+            priority=10,
+            devices=frozenset({"cpu"}),
+            traits=frozenset(Trait),
+            name=name,
+            packing=packing,
+        )
+        for op, name, packing in (
+            ("sample", "", ""),
+            ("linear", "linear_packed", "toka_cpp::pack_linear"),
+            ("embedding", "embedding_packed", "toka_cpp::pack_linear"),
+        )
+    ),
+    Implementation(
+        "rope_write_kv",
+        "cpp",
+        "toka_cpp",
+        priority=10,
+        devices=frozenset({"cpu"}),
+        max_head_dim=256,
+        head_dim_multiple=2,
+        traits=frozenset(Trait),
+    ),
     Implementation("linear", "torch", "aten", priority=5),
     Implementation("embedding", "torch", "aten", priority=5, traits=frozenset(Trait)),
     *(
         Implementation(op, "reference", "toka", priority=0, traits=frozenset(Trait))
-        for op in (
-            "rope_write_kv",
-            "linear",
-            "pack_linear",
-            "linear_packed",
-            "embedding_packed",
-            "merge_attention",
-            "sparse_logits",
-        )
+        for op in ("rope_write_kv", "linear", "merge_attention", "sparse_logits")
     ),
     *(
         Implementation(
@@ -121,6 +139,14 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             ("merge_attention", frozenset({torch.float32}), frozenset(Trait)),
         )
     ),
+    *(
+        Implementation(
+            op, "triton", "toka_triton", priority=20, max_head_dim=256, head_dim_multiple=2, traits=frozenset(Trait)
+        )
+        for op in ("write_kv", "rope_write_kv", "sample", "sparse_logits")
+    ),
+    # Below PyTorch's own product, which is faster where rows need not be the same to the bit.
+    Implementation("linear", "triton", "toka_triton", priority=3, traits=frozenset(Trait)),
 )
 
 

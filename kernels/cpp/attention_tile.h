@@ -33,13 +33,6 @@ struct TileRows {
   const T* value[kTile];
 };
 
-template <typename T>
-inline vfloat load_part(const T* p, int64_t count) {
-  T lanes[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
-  return load(lanes);
-}
-
 // Turns a tile's keys into [head_dim, kTile] so that a vector holds one coordinate of kLanes keys, and asks for the next tile.
 template <typename T>
 inline void pack_keys(const TileRows<T>& tile, const TileRows<T>* next, int64_t head_dim, float* keys) {
@@ -50,7 +43,7 @@ inline void pack_keys(const TileRows<T>& tile, const TileRows<T>* next, int64_t 
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const T* key = tile.key[group + i] + d;
-        square[i] = count >= kLanes ? load(key) : load_part(key, count);
+        square[i] = load_part(key, count);
       }
       constexpr int64_t kPerLine = kCacheLineBytes / static_cast<int64_t>(sizeof(T));
       if (next != nullptr && d % kPerLine == 0) {
@@ -70,8 +63,7 @@ template <typename T>
 inline void pack_values(const TileRows<T>& tile, int begin, int end, int64_t head_dim, int64_t padded_dim, float* values) {
   for (int j = begin; j < end; ++j) {
     for (int64_t d = 0; d < head_dim; d += kLanes) {
-      const T* value = tile.value[j] + d;
-      store(values + j * padded_dim + d, head_dim - d >= kLanes ? load(value) : load_part(value, head_dim - d));
+      store(values + j * padded_dim + d, load_part(tile.value[j] + d, head_dim - d));
     }
   }
 }

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 namespace toka {
 
 using torch::stable::Tensor;
@@ -14,5 +16,14 @@ Tensor paged_attention(Tensor query_THD, Tensor key_cache, Tensor value_cache, T
 
 Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p,
               Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token);
+
+Tensor rope_write_kv(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor cos_TF, Tensor sin_TF, Tensor key_cache,
+                     Tensor value_cache, Tensor slots_T);
+
+Tensor pack_linear(Tensor weight_OI);
+
+Tensor linear_packed(Tensor x_NI, Tensor panels_PIL, std::optional<Tensor> bias_O, int64_t out_features);
+
+Tensor embedding_packed(Tensor ids_N, Tensor panels_PIL);
 
 }  // namespace toka

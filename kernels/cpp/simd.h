@@ -72,6 +72,60 @@ inline vfloat load(const float16* p) {
 #endif
 }
 
+// Stores round to the nearest, ties to even.
+inline void store(bfloat16* p, vfloat v) {
+  const vuint bits = (vuint)v;
+  const vuint rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const vuint chosen = v == v ? rounded : (bits >> 16) | 0x40;  // a NaN stays one: rounding could carry into its exponent
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)chosen));
+#else
+  typedef uint16_t half_width __attribute__((vector_size(kLanes * 2)));
+  const half_width halves = __builtin_convertvector(chosen, half_width);
+  std::memcpy(p, &halves, sizeof(halves));
+#endif
+}
+
+inline void store(float16* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<float16>(v[i]);
+#endif
+}
+
+// The first `count` lanes of a vector, zeros behind them; count may exceed kLanes.
+template <typename T>
+inline vfloat load_part(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+// Stores the first `count` lanes; count may exceed kLanes.
+template <typename T>
+inline void store_part(T* p, vfloat v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// x as it is, hidden from the compiler, so that a product given to it is rounded before what follows and never fused into an FMA.
+inline vfloat rounded(vfloat x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // a * b + c, rounded once where the CPU can.
 inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)

@@ -75,10 +75,14 @@ WORKSPACES: Mapping[tuple[str, str], Workspace] = {
 
 @dataclass(frozen=True)
 class RegionMemory:
-    """Bytes of one call. peak: of what the region allocates, outputs included. outputs: of each one; 0 if it is an input's memory."""
+    """Bytes of one call. peak: of what the region allocates, outputs included. outputs: of each one; 0 if it is an input's memory.
+
+    num_kernels: that one call runs, about: pointwise work that the compiler joins to a reduction counts twice.
+    """
 
     peak: int
     outputs: tuple[int, ...]
+    num_kernels: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def region_memory(
     kernels, outputs = _Kernels(module, _Sizes(region, module, sizes), device, workspaces).build()
     peak = min(_peak_bytes(order, outputs) for order in _orders(kernels))
     returned = tuple(0 if buffer is None else buffer.num_bytes for buffer in outputs)
-    return RegionMemory(peak, returned)
+    return RegionMemory(peak, returned, len(kernels))
 
 
 def parameter_bytes(graph: StepGraph, transformed: Sequence[RegionGraph]) -> int:
@@ -247,11 +251,10 @@ class _Kernels:
         raise ValueError("the graph has no output")
 
     def _read(self, node: Node) -> None:
-        result = node.meta.get("val")
         target = node.target
         tensors = _tensor_arguments(node)
         if target is operator.getitem or (isinstance(target, OpOverload) and _is_view(node, target)):
-            if isinstance(result, torch.Tensor) and node not in self._values:
+            if node not in self._values:
                 self._values[node] = self._value(tensors[0])
         elif not isinstance(target, OpOverload):
             return  # arithmetic on sizes

@@ -1,4 +1,5 @@
-"""The command line: `toka key=value ...` serves, `toka ping` and `toka chat` ask a running server (floor 9, no torch).
+"""The command line: `toka key=value ...` serves, `toka plan` foretells its memory, `toka ping` and `toka chat` ask a running
+server (floor 9, no torch).
 
 The syntax is pydra's: `key=value`, T and F for booleans, `(expression)` for Python, `--show` to print and leave. pydra itself has
 no help, takes `flag=false` for True and turns the text 1e5 into a number; so it parses here, and types are checked against the
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from toka.client.flags import ChatFlags, PingFlags
 from toka.config import Config
+from toka.devices import PlanFlags
 from toka.errors import ConfigError
 
 EXIT_CONFIG = 2
@@ -33,6 +35,7 @@ Flags = TypeVar("Flags")
 
 _COMMANDS: dict[str, tuple[type[Any], str]] = {
     _SERVE: (Config, "serve a model over HTTP"),
+    "plan": (PlanFlags, "say where memory would go, here or on another device, without loading weights"),
     "ping": (PingFlags, "send one prompt to a running server, print the text, tokens/s and time to first token"),
     "chat": (ChatFlags, "talk to a running server; Ctrl-D ends"),
 }
@@ -70,6 +73,10 @@ def _run(command: str, flags: Any) -> int:
             from toka.client.chat import chat
 
             return chat(flags)
+        case "plan":
+            from toka.warmup.plan import run
+
+            return run(flags)
         case _:
             from toka.server.launch import serve
 

@@ -191,12 +191,16 @@ def _positive(config: Config, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """What `resolve` must know of the device. total_memory_bytes: RAM (or the cgroup's limit) on CPU, HBM on CUDA."""
+    """What `resolve` must know of the device. total_memory_bytes: RAM (or the cgroup's limit) on CPU, HBM on CUDA.
+
+    only_planned: nothing will run; the device need be neither here nor one that this version has kernels for.
+    """
 
     kind: Literal["cpu", "cuda"]
     native_bfloat16: bool
     total_memory_bytes: int
     num_cores: int
+    only_planned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +235,7 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
     """
     config.check()
     on_cpu = device.kind == "cpu"
-    if not on_cpu:
+    if not on_cpu and not device.only_planned:
         raise ConfigError("device=cuda: this version of toka has CPU kernels only; set device=cpu")
     if on_cpu and config.use_cudagraphs:
         raise ConfigError("use_cudagraphs=T: needs device=cuda")

@@ -54,6 +54,17 @@ def locate(
     return ModelSource(kind, path, tokenizer_path, name)
 
 
+def locate_configuration(model: str, cache_dir: Path, *, offline: bool = False) -> ModelSource:
+    """As `locate`, but of a directory or a hub id nothing is needed or fetched beyond its configuration: no weights."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ModelSource("hf_dir", path, path, path.resolve().name)
+    if model == "default" or path.exists() or not _is_hub_id(model):
+        return locate(model, None, cache_dir, offline=offline)
+    directory = _fetch_from_hub(model, offline, ["*.json"])
+    return ModelSource("hf_dir", directory, directory, model)
+
+
 def read_hf_config(source: ModelSource) -> dict[str, Any]:
     """The model's configuration in the terms of config.json; of a GGUF file it is translated from the metadata.
 

@@ -12,6 +12,7 @@ import yaml
 from toka.cli import main, read_flags
 from toka.client.flags import ChatFlags, PingFlags
 from toka.config import Config
+from toka.devices import PlanFlags
 from toka.errors import ConfigError
 
 
@@ -86,7 +87,9 @@ def test_a_flag_out_of_range_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "page_size=17" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "flags"), [([], Config), (["ping"], PingFlags), (["chat"], ChatFlags)])
+@pytest.mark.parametrize(
+    ("command", "flags"), [([], Config), (["plan"], PlanFlags), (["ping"], PingFlags), (["chat"], ChatFlags)]
+)
 def test_help_lists_every_flag_with_its_default(
     command: list[str], flags: type, capsys: pytest.CaptureFixture[str]
 ) -> None:

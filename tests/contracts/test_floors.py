@@ -38,6 +38,7 @@ FLOORS = {
     "gguf_file": 1,
     "gguf_config": 1,
     "config": 0,
+    "devices": 0,
     "errors": 0,
     "metrics": 0,
     "log": 0,

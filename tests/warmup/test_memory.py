@@ -9,7 +9,18 @@ import torch
 from toka.config import Config, DeviceFacts, ResolvedConfig, resolve
 from toka.errors import ConfigError
 from toka.runner.kv_cache import KVCacheShape
-from toka.warmup.memory import PeakMemory, available_memory_bytes, num_kv_blocks, total_memory_bytes
+from toka.warmup.memory import (
+    MemoryTable,
+    PeakMemory,
+    StepMemory,
+    available_memory_bytes,
+    measure_step,
+    num_kv_blocks,
+    peak_of_cpu_tensors,
+    room_for_kv_cache,
+    tensor_bytes,
+    total_memory_bytes,
+)
 
 SHAPE = KVCacheShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype=torch.float16)
 
@@ -82,3 +93,52 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     ):  # fresh pages: an allocator may hand out what is resident already
         pages.write(b"x" * len(pages))
     assert 60 * 2**20 < peak.num_bytes < 400 * 2**20
+
+
+def test_the_table_lists_every_field_in_order() -> None:
+    table = MemoryTable(weights=1, tables=2, activations=3, graph_pools=4, workspace=5, kv_cache=6, headroom=7)
+    assert list(table.rows().values()) == list(range(1, 8))
+    assert set(table.rows()) == set(MemoryTable.__dataclass_fields__)
+
+
+def test_a_tensor_that_is_listed_twice_counts_once() -> None:
+    tensor = torch.empty(3, 5, dtype=torch.float16, device="meta")
+    assert tensor_bytes([tensor, tensor, torch.empty(2)]) == 30 + 8
+
+
+def test_the_cache_gets_what_a_step_leaves() -> None:
+    step = StepMemory(activation_bytes=10, workspace_bytes=20)
+    assert room_for_kv_cache(100, step, graph_pools=30) == 40
+    assert room_for_kv_cache(50, step, graph_pools=30) == 0
+
+
+def test_the_peak_of_tensors_is_exact() -> None:
+    def work() -> None:
+        first = torch.empty(1000, dtype=torch.uint8)
+        second = torch.empty(500, dtype=torch.uint8)
+        del first
+        third = torch.empty(700, dtype=torch.uint8)
+        del second, third
+
+    before = torch.empty(10_000)
+    assert peak_of_cpu_tensors(work) == 1500
+    assert peak_of_cpu_tensors(before.zero_) == 0  # what was there before is not the step's
+
+
+def test_a_failing_step_leaves_no_profiler_behind() -> None:
+    with pytest.raises(ZeroDivisionError):
+        peak_of_cpu_tensors(lambda: 1 // 0)
+    assert peak_of_cpu_tensors(lambda: torch.empty(8, dtype=torch.uint8)) == 8
+
+
+def test_what_is_no_tensor_is_workspace() -> None:
+    def work() -> None:
+        tensor = torch.ones(4 * 2**20)
+        with mmap.mmap(-1, 64 * 2**20) as pages:
+            pages.write(b"x" * len(pages))
+        del tensor
+
+    step = measure_step(work, torch.device("cpu"))
+    assert step.activation_bytes == 16 * 2**20
+    assert 40 * 2**20 < step.workspace_bytes < 400 * 2**20
+    assert step.total_bytes == step.activation_bytes + step.workspace_bytes

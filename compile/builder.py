@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import difflib
 import shutil
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from toka.compile import artifact, lower
+from toka.compile import artifact, forked, lower
 from toka.compile.artifact import Identity, KernelEntry, RegionEntry
+from toka.compile.forked import run_forked, run_in_turn
 from toka.compile.passes.select_kernels import ChosenKernel, KernelChooser
 from toka.compile.pipeline import PassContext, run_passes
 from toka.compile.region_graph import RegionGraph
 from toka.compile.step_graph import StepGraph
 from toka.compile.trace import trace
-
-Progress = Callable[[str], None]
 
 
 def transform(
@@ -34,33 +33,39 @@ def transform(
 
 def build_artifact(
     target: Path,
-    graph: StepGraph,
+    regions: Sequence[RegionGraph],
     device: torch.device,
     identity: Identity,
-    choose_kernel: KernelChooser,
-    libraries: Sequence[Path],
+    chosen: Sequence[ChosenKernel],
+    libraries: Callable[[], Sequence[Path]],
     made_with: dict[str, str],
-    on_region: Progress = lambda name: None,
+    *,
+    max_processes: int = 1,
+    on_region: Callable[[], None] = lambda: None,
 ) -> None:
-    """Compile every region into the directory `target`, with the kernel libraries that they call.
+    """Compile transformed regions into the directory `target`, with the kernel libraries that they call.
 
-    on_region: hears each region's name before work on it begins. Raises ConfigError if the compiler fails.
+    libraries: asked at the end, so that they may be built meanwhile. max_processes: regions compiled at once, where that is
+    possible. on_region: called when one is done. Raises ConfigError if the compiler fails.
     """
-    context = PassContext(choose_kernel)
-    entries = []
+    lower.import_compiler()  # once, for all the forks
     with artifact.publish(target) as directory:
-        for region in graph.regions:
-            on_region(region.name)
-            began = time.perf_counter()
-            lowered = run_passes(trace(region, device), context)
-            lower.compile_to_file(lowered, directory / f"{region.name}.pt2")
-            seconds = time.perf_counter() - began
-            entries.append(RegionEntry(region.name, f"{region.name}.pt2", tuple(lowered.recipes), seconds))
-        for library in libraries:
+        calls = [partial(lower.compile_to_file, region, directory / f"{region.name}.pt2") for region in regions]
+        run = run_forked(calls, max_processes) if forked.is_possible(device.type) else run_in_turn(calls)
+        seconds = {}
+        for index, took_s in run:
+            seconds[index] = took_s
+            on_region()
+        entries = tuple(
+            RegionEntry(region.name, f"{region.name}.pt2", tuple(region.recipes), seconds[index])
+            for index, region in enumerate(regions)
+        )
+        names = []
+        for library in libraries():
             shutil.copy2(library, directory / library.name)
-        kernels = tuple(KernelEntry(each.op, str(each.overload), each.reason) for each in context.chosen)
-        names = tuple(library.name for library in libraries)
-        artifact.write_manifest(directory, identity, tuple(entries), kernels, names, made_with)
+            names.append(library.name)
+        kernels = tuple(KernelEntry(each.op, str(each.overload), each.reason) for each in chosen)
+        artifact.write_manifest(directory, identity, entries, kernels, tuple(names), made_with)
 
 
 def dump_graphs(directory: Path) -> Callable[[int, str, RegionGraph], None]:

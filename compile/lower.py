@@ -24,8 +24,18 @@ INDUCTOR_OPTIONS: Mapping[str, object] = MappingProxyType(
     {
         "aot_inductor.package": True,
         "aot_inductor.compile_wrapper_opt_level": "O1",  # the wrapper only calls kernels: O3 adds seconds and gains nothing
+        "aot_inductor.precompile_headers": False,  # three regions do not win back what that costs
+        "cpp.vec_isa_ok": True,  # what the processor says of itself is enough: no trial compilations
     }
 )
+
+
+def import_compiler() -> None:
+    """Import all that `compile_to_file` needs."""
+    import torch._inductor.codegen.cpp
+    import torch._inductor.codegen.cpp_wrapper_cpu
+    import torch._inductor.compile_fx
+    import torch._inductor.package.package  # noqa: F401
 
 
 def compile_to_file(graph: RegionGraph, path: Path) -> None:

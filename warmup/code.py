@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from toka.compile.compiled_model import CompiledModel, LoadedRegion, eager_regio
 from toka.compile.passes.select_kernels import ChosenKernel
 from toka.compile.pipeline import PASSES
 from toka.compile.step_graph import StepGraph
+from toka.config import num_available_cores
 from toka.errors import ConfigError
 from toka.kernels import registry
 from toka.kernels.cpp import build as cpp_build
@@ -71,7 +73,7 @@ def obtain_artifact(
         except artifact.DamagedArtifactError as error:
             log.warning("%s; compiling again", error)
             artifact.discard(target)
-    _build(target, graph, wanted, setup, progress)
+    _build(target, graph, wanted, setup, progress, dump)
     return artifact.open_artifact(target)
 
 
@@ -126,21 +128,29 @@ def is_batch_invariant(kernels: Iterable[KernelEntry]) -> bool:
     )
 
 
-def _build(target: Path, graph: StepGraph, wanted: Identity, setup: EngineSetup, progress: WarmupProgress) -> None:
-    with progress.phase("kernels"):
-        library = cpp_build.build(setup.config.cache_path, setup.config.cxx, progress.detail)
-        cpp_build.load(library)
-    with progress.phase("compile", num_parts=len(graph.regions)):
-        builder.build_artifact(
-            target,
-            graph,
-            setup.device,
-            wanted,
-            kernel_chooser(setup, families_of(setup.device)),
-            [library],
-            {"toka": toka.__version__, "compiler": cpp_build.find_compiler(setup.config.cxx)},
-            progress.start_part,
-        )
+def _build(
+    target: Path, graph: StepGraph, wanted: Identity, setup: EngineSetup, progress: WarmupProgress, dump: Path | None
+) -> None:
+    """Make an artifact. The kernels' compiler runs while the graphs are traced and compiled: neither needs the other's result."""
+    config = setup.config
+    made_with = {"toka": toka.__version__, "compiler": cpp_build.find_compiler(config.cxx)}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        library = pool.submit(cpp_build.build, config.cache_path, config.cxx)
+        with progress.phase("trace"):
+            chooser = kernel_chooser(setup, families_of(setup.device))
+            regions, chosen = builder.transform(graph, setup.device, chooser, dump)
+        with progress.phase("compile", num_parts=len(regions)):
+            builder.build_artifact(
+                target,
+                regions,
+                setup.device,
+                wanted,
+                chosen,
+                lambda: [library.result()],
+                made_with,
+                max_processes=num_available_cores(),
+                on_region=progress.advance,
+            )
 
 
 def _eager(

@@ -65,7 +65,10 @@ def build(graph: StepGraph, tmp_path: Path) -> Callable[[str], Artifact]:
     def make(name: str) -> Artifact:
         library = tmp_path / "kernels.so"
         library.write_bytes(b"stands for a kernel library")
-        builder.build_artifact(tmp_path / name, graph, CPU, IDENTITY, reference_kernel, [library], {"compiler": "c++"})
+        regions, chosen = builder.transform(graph, CPU, reference_kernel)
+        builder.build_artifact(
+            tmp_path / name, regions, CPU, IDENTITY, chosen, lambda: [library], {"compiler": "c++"}, max_processes=2
+        )
         return artifact.open_artifact(tmp_path / name)
 
     return make

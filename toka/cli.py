@@ -1,5 +1,5 @@
-"""The command line: `toka key=value ...` serves, `toka plan` foretells its memory, `toka ping` and `toka chat` ask a running
-server (floor 9, no torch).
+"""The command line (floor 9, no torch): `toka key=value ...` serves, `toka compile` makes a model's code ahead of time, `toka plan`
+foretells its memory, `toka ping` and `toka chat` ask a running server.
 
 The syntax is pydra's: `key=value`, T and F for booleans, `(expression)` for Python, `--show` to print and leave. pydra itself has
 no help, takes `flag=false` for True and turns the text 1e5 into a number; so it parses here, and types are checked against the
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toka.client.flags import ChatFlags, PingFlags
-from toka.config import Config
+from toka.config import CompileFlags, Config, num_available_cores, set_engine_environment
 from toka.devices import PlanFlags
 from toka.errors import ConfigError
 
@@ -35,6 +35,7 @@ Flags = TypeVar("Flags")
 
 _COMMANDS: dict[str, tuple[type[Any], str]] = {
     _SERVE: (Config, "serve a model over HTTP"),
+    "compile": (CompileFlags, "compile a model ahead of time, for this machine, without loading weights"),
     "plan": (PlanFlags, "say where memory would go, here or on another device, without loading weights"),
     "ping": (PingFlags, "send one prompt to a running server, print the text, tokens/s and time to first token"),
     "chat": (ChatFlags, "talk to a running server; Ctrl-D ends"),
@@ -73,6 +74,11 @@ def _run(command: str, flags: Any) -> int:
             from toka.client.chat import chat
 
             return chat(flags)
+        case "compile":
+            set_engine_environment(flags.check().num_threads or num_available_cores(), flags.cache_path())
+            from toka.warmup.compile_command import run as run_compile
+
+            return run_compile(flags)
         case "plan":
             from toka.warmup.plan import run
 

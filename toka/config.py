@@ -182,6 +182,23 @@ class Config:
         return self.api_key or os.environ.get("TOKA_API_KEY") or None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompileFlags(Config):
+    """The flags of `toka compile`: those of the server, since they shape the code, and where it goes."""
+
+    out: str | None = flag(
+        None, "directory for the artifact, to start from with artifact=DIR; None: only into the cache"
+    )
+    dump: str | None = flag(None, "directory for every region's graph after each pass, and what the pass changed")
+
+    def check(self) -> CompileFlags:
+        """As for the server."""
+        super().check()
+        if self.artifact is not None:
+            raise ConfigError("artifact: `toka compile` makes one; name its directory with out=")
+        return self
+
+
 def _positive(config: Config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)

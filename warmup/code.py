@@ -59,10 +59,8 @@ def obtain(model: CausalLM, setup: EngineSetup, progress: WarmupProgress, report
     return CompiledModel(graph, regions)
 
 
-def obtain_artifact(
-    model: CausalLM, graph: StepGraph, setup: EngineSetup, progress: WarmupProgress, dump: Path | None = None
-) -> Artifact:
-    """The artifact that this start needs; made if the cache has none. dump: see `toka compile`."""
+def obtain_artifact(model: CausalLM, graph: StepGraph, setup: EngineSetup, progress: WarmupProgress) -> Artifact:
+    """The artifact that this start needs; made if the cache has none."""
     wanted = identity(model, setup)
     if setup.config.artifact_path is not None:
         return artifact.open_given(setup.config.artifact_path, wanted)
@@ -73,8 +71,13 @@ def obtain_artifact(
         except artifact.DamagedArtifactError as error:
             log.warning("%s; compiling again", error)
             artifact.discard(target)
-    _build(target, graph, wanted, setup, progress, dump)
+    _build(target, graph, wanted, setup, progress)
     return artifact.open_artifact(target)
+
+
+def dump_passes(graph: StepGraph, setup: EngineSetup, directory: Path) -> None:
+    """Write every region's graph after each pass, and what the pass changed, into the directory."""
+    builder.transform(graph, setup.device, kernel_chooser(setup, families_of(setup.device)), directory)
 
 
 def identity(model: CausalLM, setup: EngineSetup) -> Identity:
@@ -128,9 +131,7 @@ def is_batch_invariant(kernels: Iterable[KernelEntry]) -> bool:
     )
 
 
-def _build(
-    target: Path, graph: StepGraph, wanted: Identity, setup: EngineSetup, progress: WarmupProgress, dump: Path | None
-) -> None:
+def _build(target: Path, graph: StepGraph, wanted: Identity, setup: EngineSetup, progress: WarmupProgress) -> None:
     """Make an artifact. The kernels' compiler runs while the graphs are traced and compiled: neither needs the other's result."""
     config = setup.config
     made_with = {"toka": toka.__version__, "compiler": cpp_build.find_compiler(config.cxx)}
@@ -138,7 +139,7 @@ def _build(
         library = pool.submit(cpp_build.build, config.cache_path, config.cxx)
         with progress.phase("trace"):
             chooser = kernel_chooser(setup, families_of(setup.device))
-            regions, chosen = builder.transform(graph, setup.device, chooser, dump)
+            regions, chosen = builder.transform(graph, setup.device, chooser)
         with progress.phase("compile", num_parts=len(regions)):
             builder.build_artifact(
                 target,

@@ -11,7 +11,7 @@ import yaml
 
 from toka.cli import main, read_flags
 from toka.client.flags import ChatFlags, PingFlags
-from toka.config import Config
+from toka.config import CompileFlags, Config
 from toka.devices import PlanFlags
 from toka.errors import ConfigError
 
@@ -88,7 +88,8 @@ def test_a_flag_out_of_range_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"), [([], Config), (["plan"], PlanFlags), (["ping"], PingFlags), (["chat"], ChatFlags)]
+    ("command", "flags"),
+    [([], Config), (["compile"], CompileFlags), (["plan"], PlanFlags), (["ping"], PingFlags), (["chat"], ChatFlags)],
 )
 def test_help_lists_every_flag_with_its_default(
     command: list[str], flags: type, capsys: pytest.CaptureFixture[str]

@@ -49,7 +49,9 @@ class StepBuffers:
         self._device = self._host if device.type == "cpu" else torch.zeros(total, dtype=torch.int32, device=device)
         self._host_array = self._host.numpy()
         self._counting = np.arange(max_rows + 1, dtype=np.int32)
-        self._views: dict[Bucket, dict[str, torch.Tensor]] = {}
+        self._views: dict[
+            tuple[str, int], torch.Tensor
+        ] = {}  # complete once the warmup has met every size of each ladder
 
     @property
     def num_bytes(self) -> int:
@@ -81,15 +83,18 @@ class StepBuffers:
         self._host_array[start + len(values) : start + padded_size] = padding
 
     def _views_of(self, bucket: Bucket) -> dict[str, torch.Tensor]:
-        if bucket not in self._views:
-            sizes = {
-                **dict.fromkeys(("token_ids", "token_rows", "positions"), bucket.num_tokens),
-                **dict.fromkeys(("rows", "seq_lens"), bucket.num_rows),
-                **dict.fromkeys(("sample_index", "sample_rows", "sample_seq_lens"), bucket.num_samples),
-                "query_start": bucket.num_rows + 1,
-                "sample_query_start": bucket.num_samples + 1,
-            }
-            self._views[bucket] = {
-                name: self._device[self._offsets[name] : self._offsets[name] + size] for name, size in sizes.items()
-            }
-        return self._views[bucket]
+        sizes = {
+            **dict.fromkeys(("token_ids", "token_rows", "positions"), bucket.num_tokens),
+            **dict.fromkeys(("rows", "seq_lens"), bucket.num_rows),
+            **dict.fromkeys(("sample_index", "sample_rows", "sample_seq_lens"), bucket.num_samples),
+            "query_start": bucket.num_rows + 1,
+            "sample_query_start": bucket.num_samples + 1,
+        }
+        return {name: self._view(name, size) for name, size in sizes.items()}
+
+    def _view(self, name: str, size: int) -> torch.Tensor:
+        view = self._views.get((name, size))
+        if view is None:
+            start = self._offsets[name]
+            view = self._views[name, size] = self._device[start : start + size]
+        return view

@@ -1,19 +1,48 @@
-"""Fixtures that several rooms share: built kernels, the default model, and checkpoints made to measure."""
+"""Fixtures that several rooms share: built kernels, the default model, and checkpoints made to measure.
+
+`pytest -m gpu` also runs on a machine with a GPU where nothing can be installed (see benchmarks/bare_checkout.py): toka is then imported
+from this checkout, and only files with tests for a GPU are collected, since others may import what is missing there.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 import pytest
 
-from toka.errors import ConfigError
-from toka.model_source import ModelSource, locate
+if TYPE_CHECKING:
+    import gguf
+
+    from toka.model_source import ModelSource
+
+HERE = Path(__file__).parent
+
+
+def _bare_checkout() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bare_checkout", HERE.parent / "benchmarks" / "bare_checkout.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _not_for_a_gpu() -> list[str]:
+    """Test files without a test for a GPU, and directories without such a file."""
+    wanted = [path for path in HERE.rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    kept = {parent for path in wanted for parent in (path, *path.parents)}
+    return [str(path) for path in HERE.rglob("*") if (path.is_dir() or path.match("test_*.py")) and path not in kept]
+
+
+_checkout = _bare_checkout()
+_checkout.prepare()
+collect_ignore = _not_for_a_gpu() if _checkout.missing_packages() else []
 
 GGUF_SETTINGS: dict[str, Any] = {
     "block_count": 2,
@@ -63,6 +92,9 @@ def cpp_kernels(cache_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def default_model(cache_dir: Path) -> ModelSource:
     """SmolLM2-135M-Instruct, fetched once into the cache directory."""
+    from toka.errors import ConfigError
+    from toka.model_source import locate
+
     try:
         return locate("default", None, cache_dir)
     except ConfigError as error:
@@ -123,6 +155,7 @@ def write_gguf() -> Callable[..., Path]:
     tensors: name → float array, or (array, type) to quantise, or (uint8 array, type, True) for bytes that are quantised already.
     settings: below the architecture's name, added to GGUF_SETTINGS (None removes one). metadata: with full keys.
     """
+    import gguf
 
     def write(
         path: Path,

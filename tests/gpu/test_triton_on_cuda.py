@@ -1,0 +1,98 @@
+"""Every Triton kernel on a GPU against the reference: the interpreter's tests through cuda_bridge.py, and attention of odd shapes.
+
+Legend: T tokens, H query heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parent / "kernels"
+FILES = sorted((KERNELS / "interpreted").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_triton_"))
+def test_the_interpreters_tests(device: str, file: Path) -> None:
+    paths = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "cuda_bridge",
+        "--noconftest",
+        str(file),
+    ]
+    result = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def attention_cases(device: str) -> Any:
+    """The module of tests whose batches are used here; the operators are there."""
+    from toka.kernels.triton.library import load
+
+    load()
+    spec = importlib.util.spec_from_file_location("attention_cases", KERNELS / "test_triton_attention.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+ROWS = [(1, 1), (1, 255), (1, 256), (1, 257), (33, 65), (2, 3000), (130, 130)]
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (32, 8), (7, 1), (40, 8)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_attention(device: str, attention_cases: Any, block_size: int, heads: tuple[int, int], head_dim: int) -> None:
+    batch = attention_cases.make_batch(
+        ROWS, heads=heads, head_dim=head_dim, block_size=block_size, dtype=torch.bfloat16, padded_rows=1
+    )
+    expected_THD = attention_cases.reference_of(batch)
+    actual_THD = torch.ops.toka_triton.paged_attention.default(*batch.to(device).arguments)
+    torch.testing.assert_close(actual_THD.cpu(), expected_THD, atol=2e-2, rtol=2e-2)
+
+
+def test_a_decode_row_is_the_same_to_the_bit_whatever_runs_beside_it(device: str, attention_cases: Any) -> None:
+    batch = attention_cases.make_batch(ROWS, heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    op = torch.ops.toka_triton.paged_attention.default
+    together_THD = op(*batch.to(device).arguments)
+    for i in range(4):
+        begin, end = int(batch.query_start[i]), int(batch.query_start[i + 1])
+        alone_THD = op(*batch.alone(i).to(device).arguments)
+        assert torch.equal(alone_THD, together_THD[begin:end])
+
+
+def test_merge_attention(device: str) -> None:
+    from toka.kernels.triton.library import load
+
+    load()
+    random = torch.Generator().manual_seed(0)
+    for shape in ((1, 1, 1, 64), (3, 4, 2, 80), (17, 2, 3, 128), (5, 300, 32, 128)):
+        output_STHD = torch.randn(shape, generator=random)
+        lse_STH = torch.randn(shape[:3], generator=random) * 20
+        lse_STH[0] = -float("inf")
+        output_STHD[0] = float("nan")  # what no key contributed to is undefined
+        expected = torch.ops.toka.merge_attention.default(output_STHD, lse_STH)
+        actual = torch.ops.toka_triton.merge_attention.default(output_STHD.to(device), lse_STH.to(device))
+        for there, here in zip(actual, expected, strict=True):
+            torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)

@@ -85,8 +85,7 @@ def _case(kind: str, kernel: Any, shape: Shape, capability: Capability, paramete
             kernel, {name: kind for name, kind in types.items() if name in kernel.arg_names}, constants
         ),
         constants=constants,
-        num_warps=parameters.num_warps,
-        num_stages=parameters.num_stages,
+        options=parameters.options,
         architectures=(10 * major + minor,),
     )
 

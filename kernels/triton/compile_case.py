@@ -6,7 +6,7 @@ Every module of this package that holds kernels lists them as `COMPILE_CASES`, o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -15,7 +15,7 @@ class CompileCase:
     """One kernel with types and constants fixed.
 
     kernel: the `triton.jit` function. signature: argument → Triton's type ("*bf16", "i32", "fp32", ...), "constexpr" for constants.
-    constants: values of the constants. num_warps, num_stages: as it is launched.
+    constants: values of the constants. options: Triton's, as it is launched (`LaunchParameters.options`).
     architectures: for which it is meant, for example (80, 90) for sm_80 and sm_90; empty = all.
     unaligned: pointers and integers that are no multiples of 16 when the kernel is launched. Those that the kernel does not
     specialise on (`do_not_specialize`, `do_not_specialize_on_alignment`) need not be named.
@@ -25,9 +25,7 @@ class CompileCase:
     kernel: Any
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 2
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any]
     architectures: tuple[int, ...] = ()
     unaligned: tuple[str, ...] = ()
 

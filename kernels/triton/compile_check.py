@@ -24,7 +24,6 @@ import toka.kernels.triton
 from toka.errors import ConfigError, InvariantError
 from toka.kernels.triton.compile_case import CompileCase
 from toka.kernels.triton.library import is_interpreting
-from toka.kernels.triton.tuning import COMPILE_OPTIONS
 
 ARCHITECTURES = (80, 90, 100)
 WARP_SIZE = 32
@@ -92,12 +91,17 @@ def compile_case(case: CompileCase, architecture: int) -> Resources:
     source = ASTSource(
         fn=case.kernel, signature=dict(case.signature), constexprs=dict(case.constants), attrs=_alignments(case)
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **COMPILE_OPTIONS, **case.options}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, WARP_SIZE), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, WARP_SIZE), options=dict(case.options))
     cubin: bytes = compiled.asm["cubin"]
     registers, spilled_bytes = _usage(cubin)
     return Resources(
-        case.name, architecture, registers, spilled_bytes, compiled.metadata.shared, case.num_warps, len(cubin)
+        case.name,
+        architecture,
+        registers,
+        spilled_bytes,
+        compiled.metadata.shared,
+        case.options["num_warps"],
+        len(cubin),
     )
 
 

@@ -37,6 +37,7 @@ MIN_SPLITS_CAP = 8
 WORKSPACE_BYTES = 256 << 20  # what the states of all rows may take; with more rows and heads there are fewer splits
 # As many as surely fit one at once: they share the items evenly, so a program that has to wait for another would double the time.
 PROGRAMS_PER_MULTIPROCESSOR = 2
+MAX_REGISTERS = 255  # of a thread; a multiprocessor has 2**16
 MIN_TILE_ROWS = 16  # what tensor cores multiply at once
 
 
@@ -270,10 +271,15 @@ def candidates(capability: Capability, key: Key) -> Sequence[LaunchParameters]:
         (16, 4, 2),
     ]
     return [
-        LaunchParameters.of(num_warps, num_stages, BLOCK_N=block_n)
+        LaunchParameters.of(num_warps, num_stages, max_registers=_registers(num_warps), BLOCK_N=block_n)
         for block_n, num_warps, num_stages in shapes
         if 16 <= block_n <= SPLIT_TOKENS and block_n * token_bytes * num_stages <= shared_bytes(capability)
     ]
+
+
+def _registers(num_warps: int) -> int:
+    """Registers that a thread can have where PROGRAMS_PER_MULTIPROCESSOR programs run at once."""
+    return min(MAX_REGISTERS, (1 << 16) // (PROGRAMS_PER_MULTIPROCESSOR * num_warps * 32))
 
 
 TABLE.declare(KERNEL, candidates)

@@ -14,7 +14,7 @@ from toka.errors import InvariantError
 from toka.kernels.triton.compile_case import CompileCase, signature_of
 from toka.kernels.triton.tuning import LaunchParameters
 
-PARAMETERS = LaunchParameters.of(4, 1, PARTS_BLOCK=16)
+PARAMETERS = LaunchParameters.of(4, 1, max_registers=64, PARTS_BLOCK=16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -126,7 +126,6 @@ COMPILE_CASES = [
             _CONSTANTS,
         ),
         constants=_CONSTANTS,
-        num_warps=PARAMETERS.num_warps,
-        num_stages=PARAMETERS.num_stages,
+        options=PARAMETERS.options,
     )
 ]

@@ -31,23 +31,33 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class LaunchParameters:
-    """How a kernel is launched. constants: the kernel's `tl.constexpr` block sizes by name."""
+    """How a kernel is launched. constants: the kernel's `tl.constexpr` block sizes by name.
+
+    max_registers: of a thread. ptxas spills values on a guess of how many programs should share a multiprocessor; this tells it. 0 = guess.
+    """
 
     num_warps: int
     num_stages: int
     constants: tuple[tuple[str, int], ...] = ()
+    max_registers: int = 0
 
     @classmethod
-    def of(cls, num_warps: int, num_stages: int, **constants: int) -> LaunchParameters:
-        return cls(num_warps, num_stages, tuple(sorted(constants.items())))
+    def of(cls, num_warps: int, num_stages: int, max_registers: int = 0, **constants: int) -> LaunchParameters:
+        return cls(num_warps, num_stages, tuple(sorted(constants.items())), max_registers)
 
     def __getitem__(self, name: str) -> int:
         return dict(self.constants)[name]
 
     @property
+    def options(self) -> dict[str, int]:
+        """Triton's options, without the constants."""
+        limit = {"maxnreg": self.max_registers} if self.max_registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILE_OPTIONS, **limit}
+
+    @property
     def keywords(self) -> dict[str, int]:
         """Keyword arguments of the launch: `kernel[grid](..., **parameters.keywords)`."""
-        return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages, **COMPILE_OPTIONS}
+        return {**dict(self.constants), **self.options}
 
 
 Candidates = Callable[[Capability, Key], Sequence[LaunchParameters]]
@@ -130,6 +140,7 @@ class TuningTable:
                     "key": list(key),
                     "num_warps": best.num_warps,
                     "num_stages": best.num_stages,
+                    "max_registers": best.max_registers,
                     "constants": dict(best.constants),
                 }
                 for (kernel, capability, key), best in self._best.items()
@@ -162,7 +173,8 @@ def _read_entries(entries: Iterable[Mapping[str, Any]]) -> dict[Place, LaunchPar
     for entry in entries:
         major, minor = entry["capability"]
         constants = {str(name): int(value) for name, value in entry["constants"].items()}
-        parameters = LaunchParameters.of(int(entry["num_warps"]), int(entry["num_stages"]), **constants)
+        sizes = (int(entry[name]) for name in ("num_warps", "num_stages", "max_registers"))
+        parameters = LaunchParameters.of(*sizes, **constants)
         read[entry["kernel"], (int(major), int(minor)), tuple(entry["key"])] = parameters
     return read
 

@@ -10,7 +10,7 @@ import pytest
 from toka.errors import ConfigError, InvariantError
 from toka.kernels.triton.tuning import Capability, Key, LaunchParameters, TuningTable
 
-SMALL, LARGE = LaunchParameters.of(4, 2, BLOCK_N=32), LaunchParameters.of(8, 3, BLOCK_N=128)
+SMALL, LARGE = LaunchParameters.of(4, 2, max_registers=96, BLOCK_N=32), LaunchParameters.of(8, 3, BLOCK_N=128)
 HOPPER: Capability = (9, 0)
 KEY: Key = (128, "bfloat16")
 
@@ -32,6 +32,7 @@ def test_the_shipped_choice_comes_first(table: TuningTable) -> None:
     assert table.lookup("kernel", (8, 0), KEY) == SMALL
     assert LARGE["BLOCK_N"] == 128
     assert LARGE.keywords == {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    assert SMALL.options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "maxnreg": 96}
 
 
 def test_tuning_records_the_fastest_and_runs_each_as_lookup_answers(table: TuningTable) -> None:

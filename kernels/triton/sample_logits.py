@@ -1,0 +1,91 @@
+"""What the sampler's kernels share (see sample.py): what a row asks for, its logits as they can be drawn, their weights, one random number.
+
+Legend: N ids looked at together.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)  # its reciprocal is still finite
+UNITS = tl.constexpr(2.0**44)
+NO_ID = tl.constexpr(2**31 - 1)
+
+# What a row asks for, in ascending order of work.
+IDLE = tl.constexpr(0)
+GREEDY = tl.constexpr(1)
+PLAIN = tl.constexpr(2)  # neither top_k nor top_p
+FILTERED = tl.constexpr(3)
+
+
+@triton.jit
+def uses_top_k(top_k, vocab_size):
+    return (top_k > 0) & (top_k < vocab_size)
+
+
+@triton.jit
+def kind_of(row, vocab_size, temperature_ptr, top_k_ptr, top_p_ptr):
+    """IDLE, GREEDY, PLAIN or FILTERED."""
+    known_row = tl.maximum(row, 0)
+    top_k, top_p = tl.load(top_k_ptr + known_row), tl.load(top_p_ptr + known_row)
+    kind = tl.where(uses_top_k(top_k, vocab_size) | (top_p < 1.0), FILTERED, PLAIN)
+    kind = tl.where(tl.load(temperature_ptr + known_row) == 0.0, GREEDY, kind)
+    return tl.where(row < 0, IDLE, kind)
+
+
+@triton.jit
+def load_logits(logits_ptr, id_N, mask_N, held_ptr, num_held):
+    """Logits of one row as float32: -inf for what can't be drawn (NaN, the held-back ids, beyond the mask), no +inf, no -0."""
+    logit_N = tl.load(logits_ptr + id_N, mask=mask_N, other=float("-inf")).to(tl.float32)
+    logit_N = tl.where(logit_N == logit_N, tl.minimum(logit_N, LARGEST), float("-inf"))
+    logit_N = tl.where(logit_N == 0.0, 0.0, logit_N)
+    for i in range(0, num_held):
+        logit_N = tl.where(id_N == tl.load(held_ptr + i), float("-inf"), logit_N)
+    return logit_N
+
+
+@triton.jit
+def inverse_of(temperature):
+    return tl.div_rn(1.0, tl.maximum(temperature, SMALLEST))
+
+
+@triton.jit
+def weight_of(logit, largest, inverse_temperature):
+    """Probability up to a factor: the likeliest token weighs 1."""
+    return tl.exp((logit - largest) * inverse_temperature)
+
+
+@triton.jit
+def units_of(weight):
+    return (weight * UNITS).to(tl.int64)
+
+
+@triton.jit
+def key_of(logit):
+    """An int32 in the order of the floats, without NaN."""
+    bits = logit.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def logit_of(key):
+    """The float of a key; the mapping is its own inverse."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mix(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def draw_below(total, seed, position):
+    """floor(u * total) for the u in [0, 1) of reference/counter_hash.py, exactly; total int64."""
+    step = (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    bits = mix(mix(seed.to(tl.uint64, bitcast=True)) + step)
+    return tl.umulhi((bits >> 11) << 11, total.to(tl.uint64)).to(tl.int64)

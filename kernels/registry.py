@@ -2,7 +2,7 @@
 
 An implementation belongs to a family (reference, torch, cpp, triton). The caller names the families that it can use (cpp only after
 `kernels.cpp.build.load`, triton only after `kernels.triton.library.load`); among those that accept the device, the dtype and the
-shape, the highest priority wins.
+shape, the highest priority wins. Where Triton interprets (TRITON_INTERPRET=1, for tests), family triton accepts the CPU too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from toka.errors import ConfigError
 from toka.kernels.op_schema import SCHEMAS
+from toka.kernels.triton import library as triton_library
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -55,7 +56,7 @@ class Implementation:
 
     def refusal(self, device: str, dtype: torch.dtype, head_dim: int | None, traits: Collection[Trait]) -> str | None:
         """Why it can't serve, in words; None if it can."""
-        if self.devices and device not in self.devices:
+        if not self._runs_on(device):
             return f"runs on {', '.join(sorted(self.devices))} only"
         if dtype not in self.dtypes:
             return f"does not take {dtype}"
@@ -65,6 +66,11 @@ class Implementation:
             return f"head dim {head_dim} is no multiple of {self.head_dim_multiple}"
         missing = [trait.name.lower() for trait in traits if trait not in self.traits]
         return f"is not {', '.join(missing)}" if missing else None
+
+    def _runs_on(self, device: str) -> bool:
+        if not self.devices or device in self.devices:
+            return True
+        return self.family == "triton" and device == "cpu" and triton_library.is_interpreting()
 
 
 @dataclass(frozen=True)
@@ -128,25 +134,24 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             op,
             "triton",
             "toka_triton",
-            priority=10,
+            priority,
             devices=frozenset({"cuda"}),
             dtypes=dtypes,
             max_head_dim=256,
+            head_dim_multiple=multiple,
             traits=traits,
         )
-        for op, dtypes, traits in (
-            ("paged_attention", FLOATS, frozenset({Trait.BATCH_INVARIANT})),
-            ("merge_attention", frozenset({torch.float32}), frozenset(Trait)),
+        for op, priority, dtypes, multiple, traits in (
+            ("write_kv", 10, FLOATS, 1, frozenset(Trait)),
+            ("rope_write_kv", 10, FLOATS, 2, frozenset(Trait)),
+            ("paged_attention", 10, FLOATS, 1, frozenset({Trait.BATCH_INVARIANT})),
+            ("merge_attention", 10, frozenset({torch.float32}), 1, frozenset(Trait)),
+            ("sample", 10, FLOATS, 1, frozenset(Trait)),
+            ("sparse_logits", 10, FLOATS, 1, frozenset(Trait)),
+            # Below PyTorch's own product, which is faster where rows need not be the same to the bit.
+            ("linear", 3, FLOATS, 1, frozenset(Trait)),
         )
     ),
-    *(
-        Implementation(
-            op, "triton", "toka_triton", priority=20, max_head_dim=256, head_dim_multiple=2, traits=frozenset(Trait)
-        )
-        for op in ("write_kv", "rope_write_kv", "sample", "sparse_logits")
-    ),
-    # Below PyTorch's own product, which is faster where rows need not be the same to the bit.
-    Implementation("linear", "triton", "toka_triton", priority=3, traits=frozenset(Trait)),
 )
 
 

@@ -8,6 +8,7 @@ import torch
 from toka.errors import ConfigError
 from toka.kernels.op_schema import SCHEMAS
 from toka.kernels.registry import IMPLEMENTATIONS, Trait, choose, implementations
+from toka.kernels.triton import library as triton_library
 
 BOTH = ("reference", "cpp")
 
@@ -36,6 +37,23 @@ def test_nothing_that_fits_is_an_error() -> None:
         choose("paged_attention", "cuda", torch.float32, families=BOTH, traits=[Trait.CHUNK_INVARIANT])
     with pytest.raises(ConfigError, match=r"unknown kernel operator 'attention'; known: .*paged_attention, .*sample, "):
         choose("attention", "cpu", torch.float32, families=BOTH)
+
+
+def test_triton_serves_cuda_and_the_cpu_only_where_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    families = ("reference", "torch", "triton")
+    for op in {each.op for each in IMPLEMENTATIONS if each.family == "triton"}:
+        dtype, traits = torch.float32, [Trait.BATCH_INVARIANT]
+        for device, family in (("cuda", "triton"), ("cpu", "reference")):
+            kernel = choose(op, device, dtype, families=families, head_dim=64, traits=traits)
+            assert kernel.implementation.family == family
+        assert "triton runs on cuda only" in kernel.reason
+        monkeypatch.setattr(triton_library, "is_interpreting", lambda: True)
+        assert (
+            choose(op, "cpu", dtype, families=families, head_dim=64, traits=traits).overload.namespace == "toka_triton"
+        )
+        monkeypatch.undo()
+    kernel = choose("linear", "cuda", torch.bfloat16, families=families)
+    assert kernel.implementation.family == "torch"
 
 
 def test_every_operator_has_one_reference_below_all_others() -> None:

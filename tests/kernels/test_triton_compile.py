@@ -9,10 +9,7 @@ import pytest
 
 from toka.kernels.triton import compile_check
 from toka.kernels.triton.compile_check import ARCHITECTURES, Resources, cases_of, compile_all, modules_with_cases, table
-
-# ptxas puts a few values into local memory of its own accord, with registers left, to have room for more programs at once.
-MAX_SPILLED_BYTES = 64
-MAX_ATTENTION_SPILLED_BYTES = 8
+from toka.kernels.triton.library import MODULES
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +29,13 @@ def test_every_case_compiles_and_keeps_its_values_in_registers(
         for architecture in case.architectures or ARCHITECTURES
     }
     assert {(r.name, r.architecture) for r in compiled} == wanted
-    spilled = [r for r in compiled if r.spilled_bytes > MAX_SPILLED_BYTES]
+    spilled = [r for r in compiled if r.spilled_bytes]
     assert not spilled, f"\n{table(spilled)}"
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill", "combine splits", "merge_attention"])
-def test_attention_is_shipped_for_every_architecture(compiled: list[Resources], kind: str) -> None:
-    of_kind = [r for r in compiled if r.name.startswith(kind)]
-    assert {r.architecture for r in of_kind} == set(ARCHITECTURES)
-    assert max(r.spilled_bytes for r in of_kind) <= MAX_ATTENTION_SPILLED_BYTES
+@pytest.mark.parametrize("kind", ["decode", "prefill", "combine splits", *sorted({*MODULES} - {"paged_attention"})])
+def test_every_operator_is_shipped_for_every_architecture(compiled: list[Resources], kind: str) -> None:
+    assert {r.architecture for r in compiled if r.name.startswith(kind)} == set(ARCHITECTURES)
 
 
 def test_two_programs_of_decode_fit_a_multiprocessor(compiled: list[Resources]) -> None:
@@ -54,9 +49,9 @@ def test_two_programs_of_decode_fit_a_multiprocessor(compiled: list[Resources]) 
 
 def test_spills_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(c for c in cases_of("toka.kernels.triton.attention_cases") if c.name.startswith("prefill d64"))
-    starved = replace(case, options={"maxnreg": 64})
+    starved = replace(case, options={**case.options, "maxnreg": 64})
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert compile_check.compile_case(starved, 80).spilled_bytes > MAX_SPILLED_BYTES
+    assert compile_check.compile_case(starved, 80).spilled_bytes > 0
 
 
 def test_an_unknown_architecture_is_refused() -> None:

@@ -1,11 +1,12 @@
 """Everything worth knowing of one GPU, in one command of less than nine minutes: `python benchmarks/gpu_suite.py`.
 
     a machine    the device, its copy bandwidth and its matrix products per second
-    b attention  paged attention against torch's SDPA, FlexAttention and FlashInfer
+    b kernels    paged attention against torch's SDPA, FlexAttention and FlashInfer; the sampler against PyTorch's operators
     c step       decode by batch size, prefill by prompt length: share of the device's limits
     d engine     from submit to last token, against transformers' generate (static cache, compiled); the host's time per step
     e start      from process start to ready, with an empty cache and with a full one
     f monkeys    many samples of a few prompts with a long shared prefix
+    g tune       launch parameters of the Triton kernels, as far as the time goes
 
 The models are Llama-3.2-1B and Llama-3.1-8B with random weights in bfloat16. What matters most comes first, each result is printed as soon
 as it is there, and the last line is all of them as JSON; so a run that is cut off still tells something. Each group of sections runs in
@@ -38,7 +39,8 @@ from typing import IO, Any
 
 import bare_checkout
 
-SECTIONS = {"a": "machine", "b": "attention", "c": "step", "d": "engine", "e": "start", "f": "monkeys"}
+SECTIONS = {"a": "machine", "b": "kernels", "c": "step", "d": "engine", "e": "start", "f": "monkeys", "g": "tune"}
+WITHOUT_SHAPE = {"machine", "kernels", "sampler", "tune"}
 START_BUDGET_S = 150.0
 GRACE_S = 15.0  # what a section may take beyond its time: it looks at the clock between its parts only
 LEAST_S = 10.0  # with less left, nothing is begun
@@ -57,8 +59,11 @@ class Work:
 def plan_work(wanted: set[str], shapes: list[str]) -> list[Work]:
     """What to run, the most valuable first; names as in SECTIONS."""
     work = []
-    if without_engine := tuple(each for each in (("machine", 20.0), ("attention", 60.0)) if each[0] in wanted):
-        work.append(Work(shapes[0], without_engine))
+    without_engine = [("machine", 20.0)] if "machine" in wanted else []
+    if "kernels" in wanted:
+        without_engine += [("kernels", 65.0), ("sampler", 15.0)]
+    if without_engine:
+        work.append(Work(shapes[0], tuple(without_engine)))
     on_engine = tuple(each for each in (("step", 40.0), ("engine", 20.0), ("monkeys", 25.0)) if each[0] in wanted)
     for shape in shapes:
         if on_engine or "start" in wanted:
@@ -67,6 +72,8 @@ def plan_work(wanted: set[str], shapes: list[str]) -> list[Work]:
             work.append(Work(shape, (("peer", 75.0),)))
     if "start" in wanted:
         work += [Work(shape, (("start", START_BUDGET_S),), "warm") for shape in reversed(shapes)]
+    if "tune" in wanted:
+        work.append(Work(shapes[0], (("tune", 100.0),)))
     return work
 
 
@@ -123,7 +130,8 @@ class Suite:
             "sections": [(name, min(seconds, left_s)) for name, seconds in work.sections],
             "device": self._options.device,
             "shape": work.shape,
-            "cache": str(self._cache),
+            # Apart from the engine's, whose first start is one with nothing in the cache.
+            "cache": str(self._cache if work.start_key else self._cache / "others"),
             "compiled": not self._options.eager,
             "start_key": work.start_key,
             "began_at": time.time(),
@@ -131,7 +139,7 @@ class Suite:
 
     def _note(self, shape: str, section: str, key: str, value: Any) -> None:
         by_shape = self.results.setdefault(section, {})
-        place = by_shape if section in ("machine", "attention") else by_shape.setdefault(shape, {})
+        place = by_shape if section in WITHOUT_SHAPE else by_shape.setdefault(shape, {})
         known, place[key] = place.get(key, {}), value
         news = {name: value[name] for name in value if name not in known} if isinstance(value, dict) else value
         self._print(f"{section} {shape} {key} {json.dumps(news)}")
@@ -239,7 +247,8 @@ def _lines(process: subprocess.Popen[str], limit_s: float) -> Iterator[dict[str,
         except queue.Empty:
             return
         if line is None:
-            process.wait(timeout=GRACE_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE_S)
             return
         yield json.loads(line)
 

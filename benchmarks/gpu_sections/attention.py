@@ -20,6 +20,7 @@ from gpu_sections.measure import Deadline, device_ms
 
 BLOCK_SIZE = 16
 FLASHINFER_WORKSPACE_BYTES = 128 * 2**20
+MAX_OFF = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # outputs of 4 round to 2^-6 in bfloat16, twice
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ Contender = Callable[[Problem], Callable[[], Tensor] | None]
 def measure(device: torch.device, deadline: Deadline, *, compiled: bool) -> Iterator[tuple[str, Any]]:
     """Yields for each case the milliseconds of each contender and how far toka is from its limits.
 
-    First toka against SDPA in all cases, then the others as long as there is time: FlexAttention compiles for each case.
+    First toka against SDPA in all cases, then the others as long as there is time: FlexAttention compiles for each case. A peer that fails
+    is noted. Raises at the end if toka failed, or was wrong, anywhere.
     """
     contenders: dict[str, Contender] = {
         "toka": functools.partial(toka_attention, device=device),
@@ -124,23 +126,32 @@ def measure(device: torch.device, deadline: Deadline, *, compiled: bool) -> Iter
                 figures |= _race(problem, {name: contenders[name] for name in names}, device)
                 _rate(figures, case, dtype)
             yield case.name, figures
+    if wrong := [case.name for case, figures in found.items() if figures.get("toka_off", 0.0) > MAX_OFF[dtype]]:
+        raise AssertionError(f"toka's attention differs from SDPA's in {', '.join(wrong)}")
+    if failed := [case.name for case, figures in found.items() if "toka_error" in figures]:
+        raise RuntimeError(f"toka's attention failed in {', '.join(failed)}")
 
 
 def _race(problem: Problem, contenders: dict[str, Contender], device: torch.device) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     expected = sdpa(problem)().float()
     for name, prepare in contenders.items():
-        run = prepare(problem)
-        if run is None:
-            continue
-        if name != "sdpa":
-            figures[f"{name}_off"] = float((run().float() - expected).abs().max())  # in bfloat16, results round to 2^-8
-        figures[f"{name}_ms"] = device_ms(run, device)
+        try:
+            run = prepare(problem)
+            if run is None:
+                continue
+            if name != "sdpa":
+                figures[f"{name}_off"] = float((run().float() - expected).abs().max())
+            figures[f"{name}_ms"] = device_ms(run, device)
+        except Exception as error:
+            figures[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
     return figures
 
 
 def _rate(figures: dict[str, Any], case: Case, dtype: torch.dtype) -> None:
     """Add toka's rate, and how many times faster than each peer it is."""
+    if "toka_ms" not in figures:
+        return
     ms = figures["toka_ms"]
     if case.queries == 1:
         figures["gb_per_s"] = case.kv_bytes(dtype) / ms / 1e6

@@ -63,7 +63,7 @@ def measure(built: BuiltEngine, shape: Shape, deadline: Deadline) -> Iterator[tu
 def run_batch(core: EngineCore, prompts: np.ndarray, num_tokens: int) -> dict[str, float]:
     """Generate num_tokens greedily from each of the prompts [B, P]."""
     scheduler, executor = Timed(core.scheduler, "next_plan", "commit"), Timed(core.executor, "launch", "wait")
-    timed = dataclasses.replace(core, scheduler=scheduler, executor=executor)
+    timed = dataclasses.replace(core, scheduler=scheduler, executor=executor)  # type: ignore[arg-type]
     before = core.stats()
     began, cpu_began = time.perf_counter(), time.process_time()
     for prompt in prompts:

@@ -69,7 +69,7 @@ def wall_ms(run: Run, device: torch.device, repeats: int) -> list[float]:
 
 def copy_gb_per_s(device: torch.device) -> float:
     """Bytes read and written per second by a copy that no cache holds."""
-    num_bytes = 2**31 if device.type == "cuda" else 2**25
+    num_bytes = 2**30 if device.type == "cuda" else 2**25
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / device_ms(lambda: target.copy_(source), device) / 1e6

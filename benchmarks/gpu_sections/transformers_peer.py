@@ -37,8 +37,9 @@ def random_llama(shape: Shape, device: torch.device) -> nn.Module:
 
     fields = dict(shape.hf_config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    make: Any = AutoModelForCausalLM.from_config
     with device:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, fields["dtype"]))
+        model: nn.Module = make(config, dtype=getattr(torch, fields["dtype"]))
     return model.eval()
 
 

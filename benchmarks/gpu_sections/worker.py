@@ -18,7 +18,7 @@ from typing import Any
 
 import bare_checkout
 
-TRACEBACK_LINES = 4
+TRACEBACK_LINES = 7
 FAILED = 3
 
 
@@ -50,15 +50,19 @@ class Worker:
         """Run a section; yields the name and the value of each result."""
         import torch
 
-        from gpu_sections import attention, generation, machine, model_step, transformers_peer
+        from gpu_sections import attention, generation, machine, model_step, sampling, transformers_peer, tuning
         from gpu_sections.measure import Deadline
 
         job, deadline, device = self._job, Deadline(budget_s), torch.device(self._job.device)
         match section:
             case "machine":
                 yield from machine.measure(device)
-            case "attention":
+            case "kernels":
                 yield from attention.measure(device, deadline, compiled=job.compiled)
+            case "sampler":
+                yield from sampling.measure(device, deadline)
+            case "tune":
+                yield from tuning.measure(device, deadline)
             case "start":
                 yield job.start_key, self._start()
             case "step":
@@ -121,9 +125,10 @@ def main() -> int:
                 tell(section=section, key=key, value=rounded(value))
             tell(end=section)
     except Exception:
-        lines = traceback.format_exc().strip().splitlines()
-        print("\n".join(lines), file=sys.stderr)
-        tell(error=" | ".join(line.strip() for line in lines[-TRACEBACK_LINES:])[-600:])
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
+        lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
+        tell(error=" | ".join(lines[-TRACEBACK_LINES:])[-700:])
         os._exit(FAILED)  # whatever the engine's thread may still wait for
     worker.close()
     return 0

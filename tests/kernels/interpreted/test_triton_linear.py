@@ -82,4 +82,5 @@ def test_a_sparse_logit_depends_on_its_own_id_only() -> None:
 def test_opcheck(op: str) -> None:
     x_NI, weight_OI = randn(1, 3, 32), randn(2, 20, 32)
     third = None if op == "linear" else torch.zeros(3, 2, dtype=torch.int32)
-    torch.library.opcheck(getattr(torch.ops.toka_triton, op).default, (x_NI, weight_OI, third))
+    overload = getattr(torch.ops.toka_triton, op).default
+    torch.library.opcheck(overload, (x_NI, weight_OI, third), test_utils=("test_schema", "test_faketensor"))

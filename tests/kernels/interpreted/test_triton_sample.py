@@ -241,4 +241,5 @@ def test_a_table_with_gaps_is_refused() -> None:
 def test_opcheck() -> None:
     rows_R, positions_R = torch.tensor([0, -1], dtype=torch.int32), torch.tensor([5, 0], dtype=torch.int32)
     arguments = (logits(2, 9, 1.0), rows_R, positions_R, *vars(Tables()).values())
-    torch.library.opcheck(torch.ops.toka_triton.sample.default, arguments)
+    overload = torch.ops.toka_triton.sample.default
+    torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -79,15 +79,27 @@ class Artifact:
     manifest: Manifest
 
 
-def environment() -> dict[str, str]:
-    """The part of an identity that this process and machine decide, on the CPU."""
+def environment(device: torch.device) -> dict[str, str]:
+    """The part of an identity that this process, machine and device decide."""
     return {
+        **(_cuda_environment(device) if device.type == "cuda" else {}),
         "format": FORMAT_VERSION,
         "torch": torch.__version__,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_flags": _cpu_flags(),
+    }
+
+
+def _cuda_environment(device: torch.device) -> dict[str, str]:
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "gpu": f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors)",
     }
 
 

@@ -47,7 +47,9 @@ class Config:
         None, "replaces the checkpoint's rope scaling, e.g. {'rope_type':'linear','factor':2.0}"
     )
     # device and layout
-    device: str = flag("auto", "where the model runs; this version: cpu", choices=("auto", "cpu", "cuda"))
+    device: str = flag(
+        "auto", "where the model runs; auto: cuda where PyTorch sees it", choices=("auto", "cpu", "cuda")
+    )
     num_threads: int | None = flag(None, "threads of the CPU kernels; None: the cores this process may use", "threads")
     dp_size: int = flag(1, "replicas of the model; this version runs 1", "replicas")
     pp_size: int = flag(1, "pipeline stages; this version runs 1", "ranks")
@@ -62,8 +64,8 @@ class Config:
         "tokens",
         aliases=("kv_cache_size_num_tokens",),
     )
-    kv_cache_memory_fraction: float = flag(
-        0.5, "share of the memory left after warmup that the KV cache may take", "0..1"
+    kv_cache_memory_fraction: float | None = flag(
+        None, "share of the memory left after warmup that the KV cache may take; None: 0.5 on CPU, 0.9 on CUDA", "0..1"
     )
     page_size: int = flag(16, "tokens in one KV block", "tokens")
     prefix_cache: bool = flag(True, "reuse the KV blocks of prompts and outputs seen before")
@@ -99,8 +101,12 @@ class Config:
         "T: only kernels whose results do not change with what else is in the batch; None: the fastest",
     )
     use_cudagraphs: bool | None = flag(None, "capture every bucket as a CUDA graph; None: on CUDA yes")
-    cudagraph_max_size: int = flag(512, "CUDA only: largest decode batch captured", "requests")
-    cudagraph_step: int = flag(16, "CUDA only: distance of the captured decode batches", "requests")
+    cudagraph_max_size: int | None = flag(None, "CUDA only: largest step that is captured; None: every step", "tokens")
+    cudagraph_step: int | None = flag(
+        None,
+        "CUDA only: distance of the step sizes; None: one for small steps, an eighth of the size for large",
+        "tokens",
+    )
     # server
     host: str = flag("127.0.0.1", "address to listen on")
     port: int = flag(DEFAULT_PORT, "TCP port to listen on")
@@ -138,7 +144,7 @@ class Config:
             )
         if self.page_size not in (8, 16, 32, 64, 128):
             raise ConfigError(f"page_size={self.page_size}: must be 8, 16, 32, 64 or 128 tokens")
-        if not 0 < self.kv_cache_memory_fraction <= 1:
+        if self.kv_cache_memory_fraction is not None and not 0 < self.kv_cache_memory_fraction <= 1:
             raise ConfigError(
                 f"kv_cache_memory_fraction={self.kv_cache_memory_fraction}: must be above 0 and at most 1"
             )
@@ -241,6 +247,8 @@ class ResolvedConfig:
     torch_compile: bool
     artifact_path: Path | None
     batch_invariant: bool
+    max_captured_tokens: int
+    token_step: int
     cache_path: Path
     cxx: str | None
 
@@ -252,10 +260,10 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
     """
     config.check()
     on_cpu = device.kind == "cpu"
-    if not on_cpu and not device.only_planned:
-        raise ConfigError("device=cuda: this version of toka has CPU kernels only; set device=cpu")
-    if on_cpu and config.use_cudagraphs:
-        raise ConfigError("use_cudagraphs=T: needs device=cuda")
+    if on_cpu:
+        for name in ("use_cudagraphs", "cudagraph_max_size", "cudagraph_step"):
+            if value := getattr(config, name):
+                raise ConfigError(f"{name}={'T' if value is True else value}: needs device=cuda")
     max_seqs = config.max_seqs_per_forward or (64 if on_cpu else 1024)
     max_tokens = config.max_tokens_per_forward or (512 if on_cpu else 8192)
     if config.max_tokens_per_forward is None:
@@ -280,7 +288,7 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
         num_threads=config.num_threads or device.num_cores,
         block_size=config.page_size,
         kv_cache_num_tokens=config.kv_cache_num_tokens,
-        kv_cache_memory_fraction=config.kv_cache_memory_fraction,
+        kv_cache_memory_fraction=config.kv_cache_memory_fraction or (0.5 if on_cpu else 0.9),
         prefix_cache=config.prefix_cache,
         max_tokens_per_forward=max_tokens,
         max_seqs_per_forward=max_seqs,
@@ -289,6 +297,8 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
         torch_compile=config.torch_compile,
         artifact_path=None if config.artifact is None else Path(config.artifact).expanduser().absolute(),
         batch_invariant=bool(config.batch_invariant),
+        max_captured_tokens=0 if on_cpu or config.use_cudagraphs is False else config.cudagraph_max_size or max_tokens,
+        token_step=config.cudagraph_step or 0,
         cache_path=config.cache_path(),
         cxx=find_cxx(),
     )

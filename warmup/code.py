@@ -27,6 +27,7 @@ from toka.errors import ConfigError
 from toka.kernels import registry
 from toka.kernels.cpp import build as cpp_build
 from toka.kernels.registry import Trait
+from toka.kernels.triton import library as triton_library
 from toka.models.decoder import CausalLM
 from toka.runner.step_program import build_step_graph
 from toka.warmup.progress import WarmupProgress
@@ -52,6 +53,8 @@ def obtain(model: CausalLM, setup: EngineSetup, progress: WarmupProgress, report
     with progress.phase("load code"):
         for library in found.manifest.libraries:
             cpp_build.load(found.directory / library)
+        if setup.device.type == "cuda":
+            triton_library.load()
         regions = load_regions(found, setup.device)
     _note(report, found.manifest.kernels)
     report.artifact = str(found.directory)
@@ -85,7 +88,7 @@ def identity(model: CausalLM, setup: EngineSetup) -> Identity:
     config = setup.config
     formats = sorted({module.format.name for module in model.modules() if isinstance(module, Weight)})
     return {
-        **artifact.environment(),
+        **artifact.environment(setup.device),
         "sources": artifact.sources_fingerprint(_sources()),
         "kernels": cpp_build.sources_fingerprint(),
         "passes": " ".join(f"{each.name}={each.version}" for each in PASSES),
@@ -132,11 +135,16 @@ def is_batch_invariant(kernels: Iterable[KernelEntry]) -> bool:
 
 
 def _build(target: Path, graph: StepGraph, wanted: Identity, setup: EngineSetup, progress: WarmupProgress) -> None:
-    """Make an artifact. The kernels' compiler runs while the graphs are traced and compiled: neither needs the other's result."""
+    """Make an artifact. The C++ kernels' compiler runs while the graphs are traced and compiled: neither needs the other's result.
+
+    Triton kernels are not in it: Triton compiles them when they first run, in the warmup, and keeps them in a cache of its own.
+    """
     config = setup.config
     made_with = {"toka": toka.__version__, "compiler": cpp_build.find_compiler(config.cxx)}
     with ThreadPoolExecutor(max_workers=1) as pool:
-        library = pool.submit(cpp_build.build, config.cache_path, config.cxx)
+        libraries = []
+        if setup.device.type == "cpu":
+            libraries.append(pool.submit(cpp_build.build, config.cache_path, config.cxx))
         with progress.phase("trace"):
             chooser = kernel_chooser(setup, families_of(setup.device))
             regions, chosen = builder.transform(graph, setup.device, chooser)
@@ -147,7 +155,7 @@ def _build(target: Path, graph: StepGraph, wanted: Identity, setup: EngineSetup,
                 setup.device,
                 wanted,
                 chosen,
-                lambda: [library.result()],
+                lambda: [library.result() for library in libraries],
                 made_with,
                 max_processes=num_available_cores(),
                 on_region=progress.advance,
@@ -160,8 +168,11 @@ def _eager(
     families = {"reference", "torch"}
     try:
         with progress.phase("kernels"):
-            cpp_build.load(cpp_build.build(setup.config.cache_path, setup.config.cxx, progress.detail))
-            families.add("cpp")
+            if setup.device.type == "cuda":
+                triton_library.load()
+            else:
+                cpp_build.load(cpp_build.build(setup.config.cache_path, setup.config.cxx, progress.detail))
+            families = families_of(setup.device)
     except ConfigError as error:
         log.warning("torch_compile=F runs on the plain-torch reference kernels, many times slower, since %s", error)
     with progress.phase("trace"):

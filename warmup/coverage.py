@@ -13,15 +13,20 @@ from toka.runner.step_buffers import Bucket
 
 
 def buckets(runner: ModelRunner) -> Iterator[Bucket]:
-    """All buckets whose parts serving can meet, largest first.
+    """All buckets whose parts serving can meet, largest first; those that are captured whole come last.
 
-    The regions before the sampler know a bucket's tokens only, the last region its samples only, so each size of either ladder is met
-    once, not each pair: a bucket pairs the i-th largest of both.
+    Of the others, the regions before the sampler know a bucket's tokens only, the last region its samples only, so each size of either
+    ladder is met once, not each pair: a bucket pairs the i-th largest of both.
     """
-    tokens, samples = runner.token_sizes[::-1], runner.sample_sizes[::-1]
-    for i in range(max(len(tokens), len(samples))):
+    largest_captured = runner.sizes.max_captured_tokens
+    tokens = [size for size in runner.token_sizes[::-1] if size > largest_captured]
+    samples = runner.sample_sizes[::-1]
+    for i in range(max(len(tokens), len(samples)) if tokens else 0):
         num_tokens, num_samples = tokens[min(i, len(tokens) - 1)], samples[min(i, len(samples) - 1)]
         yield Bucket(num_tokens, min(num_tokens, runner.sizes.max_rows), num_samples)
+    for size in runner.token_sizes[::-1]:
+        if size <= largest_captured:
+            yield runner.bucket_for(size, 1)
 
 
 def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool) -> BatchPlan:

@@ -20,6 +20,8 @@ from toka.config import ResolvedConfig
 from toka.errors import ConfigError
 from toka.runner.kv_cache import KVCacheShape
 
+_GRAPH_BYTES_PER_CALL = 128 * 2**10  # a region has about 16 kernels
+
 
 @dataclass(frozen=True)
 class MemoryTable:
@@ -66,6 +68,14 @@ def room_for_kv_cache(available_bytes: int, step: StepMemory, graph_pools: int =
     return max(available_bytes - step.total_bytes - graph_pools, 0)
 
 
+def graph_pool_bytes(num_buckets: int, num_calls: int) -> int:
+    """What captured graphs keep beside their tensors, which share one pool that is as large as the largest step's activations.
+
+    num_calls: regions called in a step. An allowance: the driver keeps a few KiB for each of a graph's kernels.
+    """
+    return num_buckets * num_calls * _GRAPH_BYTES_PER_CALL
+
+
 def num_kv_blocks(config: ResolvedConfig, shape: KVCacheShape, available_bytes: int) -> int:
     """Blocks of the KV cache: what the flag says, else the share of `available_bytes` that the configuration allows.
 
@@ -92,13 +102,30 @@ def num_kv_blocks(config: ResolvedConfig, shape: KVCacheShape, available_bytes: 
     return min(fitting, config.max_seqs_per_forward * blocks_per_request)
 
 
-def available_memory_bytes() -> int:
-    """RAM that this process can still take: what the system calls available, within the container's own limit."""
+def available_memory_bytes(device: torch.device) -> int:
+    """What this process can still take of the device's memory. RAM: what the system calls available, within the container's limit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
         available = min(available, limit - used + _cgroup_page_cache())
     return max(available, 0)
+
+
+def device_memory_in_use(device: torch.device) -> int:
+    """Bytes of the GPU's memory that anybody has taken; 0 on the CPU, where nothing is captured."""
+    if device.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def total_memory_bytes() -> int:

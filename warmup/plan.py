@@ -17,7 +17,6 @@ from rich.table import Table
 
 import toka.kernels.ops  # noqa: F401 (registers the operators that the passes name)
 from toka.compile import builder, memory_plan
-from toka.compile.bucket import ladder
 from toka.compile.memory_plan import StepActivations
 from toka.compile.region_graph import RegionGraph
 from toka.compile.step_graph import StepGraph
@@ -26,9 +25,7 @@ from toka.devices import KNOWN_DEVICES, KnownDevice, PlanFlags
 from toka.errors import ConfigError
 from toka.model_source import locate_configuration
 from toka.models.registry import build_model
-from toka.runner.device_tables import DeviceTables
 from toka.runner.model_runner import RunnerSizes
-from toka.runner.step_buffers import StepBuffers
 from toka.runner.step_program import build_step_graph, kv_cache_shape
 from toka.warmup import memory
 from toka.warmup.code import families_of, kernel_chooser
@@ -41,7 +38,6 @@ _BLAS_WORKSPACE_BYTES = {
     "sm_100": 64 * 2**20,
 }  # PyTorch gives cuBLAS and cuBLASLt 32 MiB each there
 _OLDER_BLAS_WORKSPACE_BYTES = 16 * 2**20
-_GRAPH_BYTES_PER_KERNEL = 8 * 2**10  # what the driver keeps for one kernel of one captured graph, generously
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class MemoryPlan:
     """Where the memory will go.
 
     activations: of the largest step, by region. kernels: operator → chosen implementation and why. weights_read_ms: the time in which the
-    device can read all weights once, so the least that a decode step takes; None where the bandwidth is unknown.
+    device can read all weights once, about the least that a decode step takes; None where the bandwidth is unknown.
     """
 
     model: str
@@ -138,7 +134,7 @@ def make_plan(flags: PlanFlags) -> MemoryPlan:
     weights, tables = memory_plan.parameter_bytes(graph, regions), table_bytes(setup.runner_sizes)
     activations = largest_step(graph, regions, setup)
     step = StepMemory(activations.peak, _workspace_bytes(setup, known))
-    graph_pools = _graph_bytes(flags, graph, activations, setup)
+    graph_pools = memory.graph_pool_bytes(setup.runner_sizes.num_captured, len(graph.calls))
     left = _memory_bytes(setup, known) - weights - tables
     _check_fit(flags, setup, source.name, left, weights + tables, step.total_bytes + graph_pools)
     shape = kv_cache_shape(model, setup.dtype, setup.config.block_size)
@@ -192,9 +188,8 @@ def step_sizes(sizes: RunnerSizes) -> dict[str, int]:
 def table_bytes(sizes: RunnerSizes) -> int:
     """Size of the step's inputs and per-request tables on the device, as `ModelRunner.table_bytes`; nothing is allocated there."""
     nowhere = torch.device("meta")
-    buffers = StepBuffers(sizes.max_tokens, sizes.max_rows, nowhere)
-    tables = DeviceTables(sizes.max_table_rows, sizes.max_blocks_per_row, nowhere)
-    return buffers.num_bytes + memory.tensor_bytes(tables.values().values())
+    tables = sizes.tables(nowhere)
+    return sizes.buffers(tables, nowhere).num_bytes + memory.tensor_bytes(tables.values().values())
 
 
 def _facts(device: KnownDevice) -> DeviceFacts:
@@ -211,10 +206,7 @@ def _memory_bytes(setup: EngineSetup, known: KnownDevice | None) -> int:
     """What the engine can take of the device: all of a known one, of this machine's what is free now."""
     if known is not None:
         return known.usable_bytes
-    if setup.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(setup.device)
-        return int(free)
-    return memory.available_memory_bytes()
+    return memory.available_memory_bytes(setup.device)
 
 
 def _workspace_bytes(setup: EngineSetup, known: KnownDevice | None) -> int:
@@ -222,14 +214,6 @@ def _workspace_bytes(setup: EngineSetup, known: KnownDevice | None) -> int:
         return CPU_WORKSPACE_BYTES
     architecture = known.architecture if known else "sm_{}{}".format(*torch.cuda.get_device_capability(setup.device))
     return _BLAS_WORKSPACE_BYTES.get(architecture, _OLDER_BLAS_WORKSPACE_BYTES)
-
-
-def _graph_bytes(flags: PlanFlags, graph: StepGraph, activations: StepActivations, setup: EngineSetup) -> int:
-    """What captured graphs keep beside their tensors, which all share one pool and are the activations."""
-    if setup.device.type == "cpu" or flags.use_cudagraphs is False:
-        return 0
-    kernels = sum(activations.regions[call.region].num_kernels for call in graph.calls)
-    return len(ladder(setup.config.max_tokens_per_forward)) * kernels * _GRAPH_BYTES_PER_KERNEL
 
 
 def _check_fit(flags: PlanFlags, setup: EngineSetup, model: str, left: int, resident: int, step: int) -> None:

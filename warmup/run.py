@@ -11,8 +11,10 @@ from rich.console import Console
 from toka.compile.compiled_model import CompiledModel
 from toka.models.decoder import CausalLM
 from toka.models.registry import build_model
+from toka.plan import BatchPlan
 from toka.runner.kv_cache import KVCache, KVCacheShape
 from toka.runner.model_runner import ModelRunner
+from toka.runner.step_buffers import Bucket
 from toka.runner.step_program import kv_cache_shape, step_parameters
 from toka.warmup import code, coverage, memory
 from toka.warmup.progress import WarmupProgress
@@ -47,7 +49,8 @@ def warm_up(setup: EngineSetup, reader: CheckpointReader, *, quiet: bool = False
         runner = ModelRunner(compiled, setup.runner_sizes, setup.device)
         step, report.longest_step_s = _measure(runner, shape, setup, progress)
         with progress.phase("KV cache"):
-            available = memory.room_for_kv_cache(memory.available_memory_bytes(), step)
+            graph_pools = memory.graph_pool_bytes(setup.runner_sizes.num_captured, len(compiled.graph.calls))
+            available = memory.room_for_kv_cache(memory.available_memory_bytes(setup.device), step, graph_pools)
             num_blocks = memory.num_kv_blocks(setup.config, shape, available)
             cache = KVCache(shape, num_blocks, setup.device)
             runner.attach(cache)
@@ -57,6 +60,7 @@ def warm_up(setup: EngineSetup, reader: CheckpointReader, *, quiet: bool = False
         weights=memory.tensor_bytes(compiled.parameters),
         tables=runner.table_bytes,
         activations=step.activation_bytes,
+        graph_pools=graph_pools,
         workspace=step.workspace_bytes,
         kv_cache=cache.num_bytes,
         headroom=available - cache.num_bytes,
@@ -90,7 +94,10 @@ def _measure(
     """Run the largest step whole on a small cache; returns what it needed beside weights and cache, and its seconds."""
     bucket = next(coverage.buckets(runner))
     num_blocks = bucket.num_rows + -(-bucket.num_tokens // setup.config.block_size)
-    runner.attach(KVCache(shape, num_blocks, setup.device))
+    cache = KVCache(shape, num_blocks, setup.device)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.zero_()  # pages first written during the step would be taken for its workspace
+    runner.attach(cache)
     with progress.phase("measure"):
         plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=True)
         began = time.perf_counter()
@@ -106,8 +113,21 @@ def _run_buckets(
         for index, bucket in enumerate(buckets):
             progress.detail(f"{bucket.num_tokens} tokens")
             plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0)
-            began = time.perf_counter()
-            runner.warm(plan, bucket)
-            run_us = (time.perf_counter() - began) * 1e6
-            report.buckets.append(BucketReport(bucket.num_tokens, bucket.num_samples, run_us))
+            report.buckets.append(_ready_bucket(runner, plan, bucket, setup.device))
             progress.advance()
+
+
+def _ready_bucket(runner: ModelRunner, plan: BatchPlan, bucket: Bucket, device: torch.device) -> BucketReport:
+    """Run or capture a bucket, so that nothing in it happens for the first time later."""
+    if bucket.num_tokens > runner.sizes.max_captured_tokens:
+        began = time.perf_counter()
+        runner.warm(plan, bucket)
+        memory.synchronize(device)
+        return BucketReport(bucket.num_tokens, bucket.num_samples, (time.perf_counter() - began) * 1e6)
+    before = memory.device_memory_in_use(device)
+    runner.capture(plan, bucket)
+    captured = memory.device_memory_in_use(device) - before
+    began = time.perf_counter()
+    runner.run(plan)
+    run_us = (time.perf_counter() - began) * 1e6
+    return BucketReport(bucket.num_tokens, bucket.num_samples, run_us, captured / 2**20)

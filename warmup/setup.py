@@ -41,6 +41,9 @@ class EngineSetup:
             max_rows=self.limits.max_running,
             max_table_rows=self.limits.max_rows,
             max_blocks_per_row=self.limits.max_blocks_per_row,
+            max_captured_tokens=self.config.max_captured_tokens,
+            token_step=self.config.token_step,
+            max_in_flight=self.config.steps_in_flight,
         )
 
 
@@ -71,9 +74,10 @@ def device_facts(wanted: str) -> DeviceFacts:
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
         raise ConfigError("device=cuda: PyTorch sees no CUDA device here; set device=cpu")
+    on_cuda = has_cuda and wanted != "cpu"
     return DeviceFacts(
-        kind="cuda" if wanted == "cuda" else "cpu",
-        native_bfloat16=torch.cpu._is_avx512_bf16_supported(),
-        total_memory_bytes=memory.total_memory_bytes(),
+        kind="cuda" if on_cuda else "cpu",
+        native_bfloat16=on_cuda or torch.cpu._is_avx512_bf16_supported(),
+        total_memory_bytes=torch.cuda.mem_get_info()[1] if on_cuda else memory.total_memory_bytes(),
         num_cores=num_available_cores(),
     )

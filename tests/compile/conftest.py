@@ -17,7 +17,7 @@ from toka.compile.step_graph import Call, Region, StepGraph, TensorSpec
 
 WIDTH = 8
 CPU = torch.device("cpu")
-IDENTITY = {**artifact.environment(), "model.width": str(WIDTH), "dtype": "float32"}
+IDENTITY = {**artifact.environment(CPU), "model.width": str(WIDTH), "dtype": "float32"}
 
 
 class Block(nn.Module):

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pytest
 import torch
 
 from toka.params import MAX_STOP_TOKEN_IDS
@@ -47,8 +50,16 @@ def plan() -> BatchPlan:
     )
 
 
+def device_tables(max_blocks: int = 24, max_settings: int = 8) -> DeviceTables:
+    return DeviceTables(6, 4, CPU, max_blocks=max_blocks, max_settings=max_settings)
+
+
+def step_buffers() -> StepBuffers:
+    return StepBuffers(16, 8, device_tables(), CPU)
+
+
 def test_fill_pads_to_the_bucket() -> None:
-    buffers = StepBuffers(max_tokens=16, max_rows=8, device=CPU)
+    buffers = step_buffers()
     inputs = {name: tensor.tolist() for name, tensor in buffers.fill(plan(), Bucket(8, 5, 4)).items()}
     assert inputs == {
         "token_ids": [11, 12, 13, -3, 21, 22, 0, 0],
@@ -65,7 +76,7 @@ def test_fill_pads_to_the_bucket() -> None:
 
 
 def test_a_smaller_step_leaves_nothing_of_the_larger_before_it() -> None:
-    buffers = StepBuffers(max_tokens=16, max_rows=8, device=CPU)
+    buffers = step_buffers()
     buffers.fill(plan(), Bucket(16, 8, 8))
     small = BatchPlan(2, int32(1), int32(0, 1), int32(7), int32(1), np.array([True]), no_changes(), settings())
     inputs = buffers.fill(small, Bucket(2, 2, 2))
@@ -76,20 +87,37 @@ def test_a_smaller_step_leaves_nothing_of_the_larger_before_it() -> None:
 
 
 def test_buffers_never_move() -> None:
-    buffers = StepBuffers(max_tokens=16, max_rows=8, device=CPU)
+    buffers = step_buffers()
     first = buffers.fill(plan(), Bucket(8, 5, 4))
     second = buffers.fill(plan(), Bucket(8, 5, 4))
     assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
 
 
 def test_tables_take_changes_only() -> None:
-    tables = DeviceTables(max_rows=6, max_blocks_per_row=4, device=CPU)
+    tables = device_tables()
+    buffers = StepBuffers(16, 8, tables, CPU)
     values = tables.values()
     pointers = {name: tensor.data_ptr() for name, tensor in values.items()}
-    tables.apply(BlockTableChanges(int32(5, 5, 1), int32(0, 1, 3), int32(7, 8, 9)), settings(5, 1))
-    tables.apply(no_changes(), settings())
+    changes = BlockTableChanges(int32(5, 5, 1), int32(0, 1, 3), int32(7, 8, 9))
+    buffers.fill(dataclasses.replace(plan(), table=changes, settings=settings(5, 1)), Bucket(8, 5, 4))
+    buffers.fill(plan(), Bucket(8, 5, 4))
     assert values["block_table"][5].tolist() == [7, 8, 0, 0]
     assert values["block_table"][1].tolist() == [0, 0, 0, 9]
     assert values["seed"][[5, 1]].tolist() == [2**40, 2**40 + 1]
     assert values["temperature"].tolist() == [0.0, 0.5, 0.0, 0.0, 0.0, 0.5]
     assert {name: tensor.data_ptr() for name, tensor in tables.values().items()} == pointers
+
+
+@pytest.mark.parametrize(("max_blocks", "max_settings"), [(1, 1), (2, 8), (24, 1)])
+def test_more_changes_than_come_in_one_copy_all_arrive(max_blocks: int, max_settings: int) -> None:
+    rows, columns = np.divmod(np.arange(24, dtype=np.int32), 4)
+    changes = BlockTableChanges(rows, columns, np.arange(100, 124, dtype=np.int32))
+    given = dataclasses.replace(plan(), table=changes, settings=settings(4, 0, 5))
+    values, inputs = [], []
+    for tables in (device_tables(), device_tables(max_blocks, max_settings)):
+        filled = StepBuffers(16, 8, tables, CPU).fill(given, Bucket(8, 5, 4))
+        inputs.append({name: tensor.tolist() for name, tensor in filled.items()})
+        values.append({name: tensor.tolist() for name, tensor in tables.values().items()})
+    assert values[0] == values[1] and inputs[0] == inputs[1]
+    assert values[1]["block_table"] == np.arange(100, 124).reshape(6, 4).tolist()
+    assert values[1]["seed"] == [2**40 + 1, 0, 0, 0, 2**40, 2**40 + 2]

@@ -41,6 +41,8 @@ def config(**changes: object) -> ResolvedConfig:
         torch_compile=True,
         artifact_path=None,
         batch_invariant=False,
+        max_captured_tokens=0,
+        token_step=0,
         cache_path=Path(),
         cxx=None,
     )
@@ -83,7 +85,7 @@ def test_a_step_is_no_larger_than_its_requests_allow() -> None:
 
 
 def test_the_machine_has_memory() -> None:
-    assert 0 < available_memory_bytes() <= total_memory_bytes()
+    assert 0 < available_memory_bytes(torch.device("cpu")) <= total_memory_bytes()
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from toka.config import Config
 from toka.engine.core import EngineCore
-from toka.engine.executor import LocalExecutor
+from toka.engine.executor import Executor, LocalExecutor, StreamExecutor
 from toka.messages import Ready
 from toka.model_source import ModelSource
 from toka.scheduler.scheduler import Scheduler
@@ -22,10 +22,16 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
     quiet: no progress on stderr. Raises ConfigError if checkpoint, flags, compiler or memory do not allow it.
     """
     setup = settle(config, source)
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
-    warm = thread.submit(warm_up, setup, open_checkpoint(source.path), quiet=quiet).result()
+    reader = open_checkpoint(source.path)
+    if setup.device.type == "cuda":
+        warm = warm_up(setup, reader, quiet=quiet)
+        executor: Executor = StreamExecutor(warm.runner)
+    else:
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
+        warm = thread.submit(warm_up, setup, reader, quiet=quiet).result()
+        executor = LocalExecutor(warm.runner, thread)
     scheduler_config = dataclasses.replace(setup.limits, num_blocks=warm.num_kv_blocks)
-    engine = EngineCore(Scheduler(scheduler_config), LocalExecutor(warm.runner, thread), warm.runner.compiled)
+    engine = EngineCore(Scheduler(scheduler_config), executor, warm.runner.compiled)
     ready = Ready(
         vocab_size=setup.spec.vocab_size,
         max_context_tokens=setup.config.max_context_tokens,

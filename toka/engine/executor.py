@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from toka.plan import BatchPlan, StepResult
-from toka.runner.model_runner import ModelRunner
+from toka.runner.model_runner import ModelRunner, PendingStep
 
 
 class Executor(Protocol):
@@ -27,8 +27,32 @@ class Executor(Protocol):
         ...
 
     def shutdown(self) -> None:
-        """Let the step that runs end, drop the others, give the thread back."""
+        """Let the step that runs end; the others may be dropped."""
         ...
+
+
+class StreamExecutor:
+    """Runs steps on a device that works by itself (CUDA): launched from the engine's thread, one behind the other."""
+
+    def __init__(self, runner: ModelRunner):
+        self._runner = runner
+        self._steps: deque[PendingStep] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._steps)
+
+    def launch(self, plan: BatchPlan) -> None:
+        self._steps.append(self._runner.launch(plan))
+
+    def wait(self) -> StepResult:
+        result = self._steps[0].result()
+        self._steps.popleft()
+        return result
+
+    def shutdown(self) -> None:
+        while self._steps:
+            self.wait()
 
 
 class LocalExecutor:

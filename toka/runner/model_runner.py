@@ -2,39 +2,102 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from toka.compile.bucket import bucket_of, ladder
+from toka.compile.capture import Capturer, Replay
 from toka.compile.compiled_model import CompiledModel
 from toka.plan import BatchPlan, StepResult
 from toka.runner.device_tables import DeviceTables
 from toka.runner.kv_cache import KVCache
 from toka.runner.step_buffers import Bucket, StepBuffers
 
+_MIN_BLOCK_TOKENS = 8  # of any page size: a step of T tokens changes about T / 8 entries of the block table at most
+
 
 @dataclass(frozen=True)
 class RunnerSizes:
-    """max_tokens, max_rows: in one step. max_table_rows: rows of the request table. max_blocks_per_row: of one request."""
+    """max_tokens, max_rows: in one step. max_table_rows: rows of the request table. max_blocks_per_row: of one request.
+
+    max_captured_tokens: steps of up to so many tokens are captured whole, so their sizes follow from their number of tokens alone;
+    0 = none is. token_step: buckets of tokens are multiples of it, below it powers of two; 0 = the usual ladder. max_in_flight: steps
+    launched before the first one's result is read.
+    """
 
     max_tokens: int
     max_rows: int
     max_table_rows: int
     max_blocks_per_row: int
+    max_captured_tokens: int = 0
+    token_step: int = 0
+    max_in_flight: int = 2
+
+    def token_buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens that steps are padded to, ascending."""
+        if not self.token_step:
+            return ladder(self.max_tokens)
+        small = [2**i for i in range(self.token_step.bit_length())]
+        sizes = {*small, *range(self.token_step, self.max_tokens, self.token_step), self.max_tokens}
+        return tuple(sorted(size for size in sizes if size <= self.max_tokens))
+
+    @property
+    def num_captured(self) -> int:
+        """Buckets that are captured."""
+        return sum(size <= self.max_captured_tokens for size in self.token_buckets())
+
+    def tables(self, device: torch.device) -> DeviceTables:
+        """The tables on the device; in one copy come the changes of almost any step."""
+        return DeviceTables(
+            self.max_table_rows,
+            self.max_blocks_per_row,
+            device,
+            max_blocks=self.max_rows + self.max_tokens // _MIN_BLOCK_TOKENS,
+            max_settings=self.max_rows,
+        )
+
+    def buffers(self, tables: DeviceTables, device: torch.device) -> StepBuffers:
+        """The step's inputs on the device."""
+        return StepBuffers(self.max_tokens, self.max_rows, tables, device, depth=self.max_in_flight)
+
+
+class PendingStep:
+    """A step that was launched. On CUDA the device may still be at it; elsewhere it is done."""
+
+    def __init__(
+        self, plan: BatchPlan, sampled: torch.Tensor, ready: torch.cuda.Event | None, spare: deque[torch.Tensor]
+    ):
+        self._plan, self._sampled, self._ready, self._spare = plan, sampled, ready, spare
+
+    def result(self) -> StepResult:
+        """Wait for the step and give what it drew; to be called once."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        sampled = np.zeros(self._plan.num_rows, dtype=np.int32)
+        sampled[self._plan.samples] = self._sampled.numpy()[: np.count_nonzero(self._plan.samples)]
+        if self._ready is not None:
+            self._spare.append(self._sampled)
+        return StepResult(self._plan.step, sampled)
 
 
 class ModelRunner:
-    """Owns all state on the device but the weights. Not thread-safe: one thread runs steps, in order."""
+    """Owns all state on the device but the weights. Not thread-safe: one thread launches steps, in order."""
 
     def __init__(self, compiled: CompiledModel, sizes: RunnerSizes, device: torch.device):
         self.compiled, self.sizes = compiled, sizes
-        self.token_sizes = ladder(sizes.max_tokens)
+        self.token_sizes = sizes.token_buckets()
         self.sample_sizes = ladder(sizes.max_rows)
-        self._buffers = StepBuffers(sizes.max_tokens, sizes.max_rows, device)
-        self._tables = DeviceTables(sizes.max_table_rows, sizes.max_blocks_per_row, device)
+        self._device = device
+        self._tables = sizes.tables(device)
+        self._buffers = sizes.buffers(self._tables, device)
         self._static = self._tables.values()
+        self._capturer = Capturer(device)
+        self._captured: dict[Bucket, Replay] = {}
+        self._results: deque[torch.Tensor] = deque()  # pinned memory on the host that no step writes to
 
     @property
     def table_bytes(self) -> int:
@@ -42,28 +105,50 @@ class ModelRunner:
         return self._buffers.num_bytes + sum(tensor.nbytes for tensor in self._tables.values().values())
 
     def attach(self, cache: KVCache) -> None:
-        """Use this KV cache from now on."""
+        """Use this KV cache from now on; what was captured with another is dropped."""
+        self._captured.clear()
         for layer, (key_cache, value_cache) in enumerate(zip(cache.keys, cache.values, strict=True)):
             self._static[f"key_cache.{layer}"] = key_cache
             self._static[f"value_cache.{layer}"] = value_cache
 
     def bucket_for(self, num_tokens: int, num_samples: int) -> Bucket:
         tokens = bucket_of(num_tokens, self.token_sizes)
-        return Bucket(tokens, min(tokens, self.sizes.max_rows), bucket_of(max(num_samples, 1), self.sample_sizes))
+        rows = min(tokens, self.sizes.max_rows)
+        is_captured = tokens <= self.sizes.max_captured_tokens
+        return Bucket(tokens, rows, rows if is_captured else bucket_of(max(num_samples, 1), self.sample_sizes))
 
     @torch.no_grad()
+    def launch(self, plan: BatchPlan) -> PendingStep:
+        """Begin a step behind those launched before. On CUDA this returns at once, elsewhere when the step is done."""
+        num_samples = int(np.count_nonzero(plan.samples))
+        bucket = self.bucket_for(plan.num_tokens, num_samples)
+        inputs = self._inputs(plan, bucket)
+        captured = self._captured.get(bucket)
+        (sampled_S,) = self.compiled.run(inputs) if captured is None else captured()
+        if self._device.type == "cpu":
+            return PendingStep(plan, sampled_S, None, self._results)
+        on_host = self._results.popleft() if self._results else self._new_result()
+        on_host[:num_samples].copy_(sampled_S[:num_samples], non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return PendingStep(plan, on_host, ready, self._results)
+
     def run(self, plan: BatchPlan) -> StepResult:
         """Run one step to its end."""
-        num_samples = int(np.count_nonzero(plan.samples))
-        (sampled_S,) = self.compiled.run(self._inputs(plan, self.bucket_for(plan.num_tokens, num_samples)))
-        sampled = np.zeros(plan.num_rows, dtype=np.int32)
-        sampled[plan.samples] = sampled_S[:num_samples].cpu().numpy()
-        return StepResult(plan.step, sampled)
+        return self.launch(plan).result()
 
+    @torch.no_grad()
     def warm(self, plan: BatchPlan, bucket: Bucket) -> None:
         """Run every region once on this plan and bucket (see CompiledModel.warm)."""
         self.compiled.warm(self._inputs(plan, bucket))
 
+    @torch.no_grad()
+    def capture(self, plan: BatchPlan, bucket: Bucket) -> None:
+        """Capture the bucket's whole step; `plan` fills it. From now on steps of this bucket are replayed."""
+        self._captured[bucket] = self._capturer.capture(partial(self.compiled.run, self._inputs(plan, bucket)))
+
     def _inputs(self, plan: BatchPlan, bucket: Bucket) -> dict[str, torch.Tensor]:
-        self._tables.apply(plan.table, plan.settings)
         return {**self._static, **self._buffers.fill(plan, bucket)}
+
+    def _new_result(self) -> torch.Tensor:
+        return torch.empty(self.sizes.max_rows, dtype=torch.int32, pin_memory=True)

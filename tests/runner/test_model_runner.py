@@ -1,0 +1,118 @@
+"""The runner's logic around a step: buckets, captures, launches ahead. The step itself is a stand-in that draws predictable tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from toka.plan import BatchPlan
+from toka.runner.kv_cache import KVCache, KVCacheShape
+from toka.runner.model_runner import ModelRunner, RunnerSizes
+from toka.warmup.coverage import buckets, dummy_plan
+
+CPU = torch.device("cpu")
+SHAPE = KVCacheShape(num_layers=1, num_kv_heads=1, head_dim=8, block_size=8, dtype=torch.float32)
+NUM_BLOCKS = 64
+
+
+class Doubling:
+    """Draws twice the last token of each row and remembers it; writes over its own result every time, as a captured step does."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, Tensor] = {}
+        self.num_runs = 0
+
+    def run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        self.num_runs += 1
+        tokens = inputs["token_ids"].clone()
+        rows, index = inputs["sample_rows"], inputs["sample_index"].long()
+        before = inputs["last_token"][(-1 - tokens).clamp(min=0).long()]
+        drawn = 2 * torch.where(tokens < 0, before, tokens)[index]
+        inputs["last_token"][rows[rows >= 0].long()] = drawn[rows >= 0]
+        out = self.outputs.setdefault(len(rows), torch.empty(len(rows), dtype=torch.int32))
+        return (out.copy_(drawn),)
+
+
+def make_runner(max_captured_tokens: int = 0, token_step: int = 0) -> tuple[ModelRunner, Doubling]:
+    sizes = RunnerSizes(
+        max_tokens=32,
+        max_rows=8,
+        max_table_rows=16,
+        max_blocks_per_row=8,
+        max_captured_tokens=max_captured_tokens,
+        token_step=token_step,
+    )
+    step = Doubling()
+    runner = ModelRunner(step, sizes, CPU)  # type: ignore[arg-type]
+    runner.attach(KVCache(SHAPE, NUM_BLOCKS, CPU))
+    return runner, step
+
+
+def plan_of(step: int, rows: list[int], token_ids: list[int], samples: list[bool]) -> BatchPlan:
+    """One token a row."""
+    empty = dummy_plan(make_runner()[0].bucket_for(1, 1), NUM_BLOCKS, 8, sampled=False)
+    nothing = np.zeros(0, dtype=np.int32)
+    return BatchPlan(
+        step=step,
+        rows=np.array(rows, dtype=np.int32),
+        query_start=np.arange(len(rows) + 1, dtype=np.int32),
+        token_ids=np.array(token_ids, dtype=np.int32),
+        seq_lens=np.ones(len(rows), dtype=np.int32),
+        samples=np.array(samples),
+        table=type(empty.table)(nothing, nothing, nothing),
+        settings=type(empty.settings)(*[getattr(empty.settings, name)[:0] for name in empty.settings.__slots__]),
+    )
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_rows_that_draw_nothing_get_nothing(captures: bool) -> None:
+    runner, _ = make_runner(32 if captures else 0)
+    result = runner.run(plan_of(3, [4, 0, 2], [10, 20, 30], [True, False, True]))
+    assert (result.step, result.sampled.tolist()) == (3, [20, 0, 60])
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_the_next_step_takes_tokens_that_were_never_read_back(captures: bool) -> None:
+    runner, _ = make_runner(32 if captures else 0)
+    if captures:
+        for bucket in buckets(runner):
+            runner.capture(dummy_plan(bucket, NUM_BLOCKS, 8, sampled=True), bucket)
+    first = runner.launch(plan_of(0, [4, 2], [10, 30], [True, True])).result()
+    second = runner.launch(plan_of(1, [2, 4], [-1 - 2, -1 - 4], [True, True])).result()
+    assert (first.sampled.tolist(), second.sampled.tolist()) == ([20, 60], [120, 40])
+
+
+def test_a_captured_size_is_replayed_with_all_its_rows_and_others_as_they_come() -> None:
+    runner, step = make_runner(max_captured_tokens=8)
+    assert runner.bucket_for(5, 1).num_samples == 5  # the graph draws for every row that may be there
+    assert runner.bucket_for(20, 3).num_samples == 3
+    every = list(buckets(runner))
+    assert {bucket.num_tokens for bucket in every} == set(runner.token_sizes)
+    captured = [bucket for bucket in every if bucket.num_tokens <= 8]
+    assert captured == every[-len(captured) :] and [bucket.num_tokens for bucket in captured] == list(range(8, 0, -1))
+    assert runner.sizes.num_captured == 8
+    for bucket in captured:
+        runner.capture(dummy_plan(bucket, NUM_BLOCKS, 8, sampled=False), bucket)
+    assert step.num_runs == 8  # once each: what only happens the first time has happened
+    assert runner.run(plan_of(0, [1, 2, 3], [1, 2, 3], [True, False, True])).sampled.tolist() == [2, 0, 6]
+
+
+def test_another_cache_needs_other_captures() -> None:
+    runner, _ = make_runner(max_captured_tokens=32)
+    bucket = runner.bucket_for(4, 4)
+    runner.capture(dummy_plan(bucket, NUM_BLOCKS, 8, sampled=False), bucket)
+    assert runner._captured
+    runner.attach(KVCache(SHAPE, NUM_BLOCKS, CPU))
+    assert not runner._captured
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, (1, 2, 3, 4)), (4, (1, 2, 4, 8)), (16, (1, 2, 4, 8, 16, 32)), (5, (1, 2, 4, 5, 10, 15))]
+)
+def test_the_distance_of_sizes_can_be_chosen(step: int, expected: tuple[int, ...]) -> None:
+    sizes = make_runner(token_step=step)[0].token_sizes
+    assert sizes[: len(expected)] == expected and sizes[-1] == 32

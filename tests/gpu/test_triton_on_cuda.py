@@ -1,4 +1,5 @@
-"""Every Triton kernel on a GPU against the reference: the interpreter's tests through cuda_bridge.py, and attention of odd shapes.
+"""Every Triton kernel on a GPU against the reference: the interpreter's tests through cuda_bridge.py, attention of odd shapes, and
+each operator captured in a CUDA graph.
 
 Legend: T tokens, H query heads, D head dim.
 """
@@ -15,11 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from toka.kernels.triton.library import MODULES
+
 pytestmark = pytest.mark.gpu
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent / "kernels"
-FILES = sorted((KERNELS / "interpreted").glob("test_*.py"))
+NOT_OF_KERNELS = {"test_triton_step"}  # asks which kernels are chosen for a CPU
+FILES = sorted(file for file in (KERNELS / "interpreted").glob("test_*.py") if file.stem not in NOT_OF_KERNELS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_triton_"))
@@ -44,17 +48,25 @@ def test_the_interpreters_tests(device: str, file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def attention_cases(device: str) -> Any:
-    """The module of tests whose batches are used here; the operators are there."""
+def triton_kernels(device: str) -> None:
     from toka.kernels.triton.library import load
 
     load()
-    spec = importlib.util.spec_from_file_location("attention_cases", KERNELS / "test_triton_attention.py")
+
+
+def module_of(file: Path) -> Any:
+    """A file of tests, for what it makes its cases with."""
+    spec = importlib.util.spec_from_file_location(f"cases_of_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def attention_cases(triton_kernels: None) -> Any:
+    return module_of(KERNELS / "test_triton_attention.py")
 
 
 ROWS = [(1, 1), (1, 255), (1, 256), (1, 257), (33, 65), (2, 3000), (130, 130)]
@@ -82,10 +94,7 @@ def test_a_decode_row_is_the_same_to_the_bit_whatever_runs_beside_it(device: str
         assert torch.equal(alone_THD, together_THD[begin:end])
 
 
-def test_merge_attention(device: str) -> None:
-    from toka.kernels.triton.library import load
-
-    load()
+def test_merge_attention(device: str, triton_kernels: None) -> None:
     random = torch.Generator().manual_seed(0)
     for shape in ((1, 1, 1, 64), (3, 4, 2, 80), (17, 2, 3, 128), (5, 300, 32, 128)):
         output_STHD = torch.randn(shape, generator=random)
@@ -95,4 +104,33 @@ def test_merge_attention(device: str) -> None:
         expected = torch.ops.toka.merge_attention.default(output_STHD, lse_STH)
         actual = torch.ops.toka_triton.merge_attention.default(output_STHD.to(device), lse_STH.to(device))
         for there, here in zip(actual, expected, strict=True):
+            torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)
+
+
+def in_parts(result: Any) -> list[torch.Tensor]:
+    return [] if result is None else list(result) if isinstance(result, tuple) else [result]
+
+
+@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("lens", [[5, 1, 9], [1], [1, 1, 1, 1]], ids=str)
+def test_a_captured_launch_follows_its_inputs(device: str, triton_kernels: None, op: str, lens: list[int]) -> None:
+    """A graph captured with some numbers computes others: nothing of a tensor's contents went into the launch."""
+    cases = module_of(KERNELS / "test_ops.py")
+    torch.manual_seed(0)
+    first, second = cases.arguments(op, lens), cases.arguments(op, lens)
+    static = [each.to(device) if isinstance(each, torch.Tensor) else each for each in first]
+    kernel = getattr(torch.ops.toka_triton, op).default
+    kernel(*static)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = kernel(*static)
+    for there, here in zip(static, second, strict=True):
+        if isinstance(here, torch.Tensor):
+            there.copy_(here)
+    graph.replay()
+    expected = getattr(torch.ops.toka, op).default(*second)
+    for there, here in zip(in_parts(result), in_parts(expected), strict=True):
+        torch.testing.assert_close(there.cpu(), here, atol=1e-4, rtol=1e-4)
+    for there, here in zip(static, second, strict=True):
+        if isinstance(here, torch.Tensor):
             torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)

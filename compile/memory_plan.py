@@ -55,21 +55,24 @@ class SizedTensor:
 Workspace = Callable[[Sequence[SizedTensor], Sequence[SizedTensor]], int]
 
 
-def _bfloat16_product_on_cpu(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
-    """oneDNN sums in float32 beside the result, with a page of its own bookkeeping (measured: 128 bytes)."""
-    return 4 * returned[0].numel + 128 if given[0].dtype is torch.bfloat16 else 0
+def _states_of_splits(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
+    """Decode attention keeps a state for each part that a row's keys are cut into. Without a window, which would cut fewer."""
+    from toka.kernels.triton import attention_tile, decode_attention  # import Triton, which takes its time
+
+    tensors = [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in given]
+    return decode_attention.workspace_bytes(attention_tile.Problem(*tensors, scale=1.0, window=0))
 
 
-def _reference_rope(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
-    """The plain-torch kernel turns the halves of the queries one after the other, each in two tensors, before it joins them."""
-    return returned[0].numel * returned[0].dtype.itemsize
+def _lists_of_the_sampler(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
+    from toka.kernels.triton import sample
+
+    return sample.workspace_bytes(*given[0].shape)
 
 
 # (device type, operator) → its workspace. Operators that are not listed take nothing.
 WORKSPACES: Mapping[tuple[str, str], Workspace] = {
-    ("cpu", "toka::rope_write_kv"): _reference_rope,
-    ("cpu", "aten::linear"): _bfloat16_product_on_cpu,
-    ("cpu", "aten::mm"): _bfloat16_product_on_cpu,
+    ("cuda", "toka_triton::paged_attention"): _states_of_splits,
+    ("cuda", "toka_triton::sample"): _lists_of_the_sampler,
 }
 
 

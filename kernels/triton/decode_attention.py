@@ -202,9 +202,7 @@ def attend_decode_rows(problem: Problem, out_THD: Tensor) -> None:
     parameters = TABLE.lookup(KERNEL, problem.capability, problem.key)
     max_splits = most_splits(problem)
     num_rows, num_heads, head_dim = problem.num_rows, problem.num_heads, problem.head_dim
-    states_shape = (num_rows, num_heads, max_splits) if max_splits > 1 else (0, 0, 0)
-    partial = out_THD.new_empty((*states_shape, head_dim), dtype=torch.float32)
-    partial_lse = out_THD.new_empty(states_shape, dtype=torch.float32)
+    partial, partial_lse = _states(problem, out_THD.device)
     arguments = problem.arguments()
     constants = {"WINDOW": problem.window, "SPLIT_TOKENS": SPLIT_TOKENS, "MAX_SPLITS": max_splits}
     most_items = num_rows * problem.num_kv_heads * max_splits
@@ -230,6 +228,19 @@ def attend_decode_rows(problem: Problem, out_THD: Tensor) -> None:
             **constants,
             **MERGE_PARAMETERS.keywords,
         )
+
+
+def workspace_bytes(problem: Problem) -> int:
+    """Size of the splits' states, which live while the operator runs. The problem's tensors may be on the meta device."""
+    return sum(tensor.nbytes for tensor in _states(problem, torch.device("meta")))
+
+
+def _states(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for every split's output and log-sum-exp; empty where rows are never split."""
+    max_splits = most_splits(problem)
+    shape = (problem.num_rows, problem.num_heads, max_splits) if max_splits > 1 else (0, 0, 0)
+    partial = torch.empty((*shape, problem.head_dim), dtype=torch.float32, device=device)
+    return partial, torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def most_splits(problem: Problem) -> int:

@@ -136,6 +136,13 @@ def _constants(parameters: LaunchParameters, vocab_size: int, num_held: int) -> 
     }
 
 
+def workspace_bytes(num_rows: int, vocab_size: int) -> int:
+    """What the operator takes beside its result while it runs, with the shipped launch parameters."""
+    constants = _constants(_candidates((9, 0), (vocab_size,))[0], vocab_size, num_held=0)
+    buffers = _workspace(num_rows, constants["NUM_CHUNKS"], constants["LIST_CAPACITY"], torch.device("meta"))
+    return sum(tensor.nbytes for tensor in buffers.values())
+
+
 def _workspace(num_rows: int, num_chunks: int, list_capacity: int, device: torch.device) -> dict[str, Tensor]:
     """What one kernel leaves for the next."""
 

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toka.compile.memory_plan import RegionMemory, SizedTensor, parameter_bytes, region_memory, step_activations
+from toka.compile.memory_plan import (
+    WORKSPACES,
+    RegionMemory,
+    SizedTensor,
+    parameter_bytes,
+    region_memory,
+    step_activations,
+)
 from toka.compile.region_graph import Recipe
 from toka.compile.step_graph import Call, Region, StepGraph, TensorSpec
 from toka.compile.trace import trace
@@ -108,6 +115,19 @@ def test_a_declared_workspace_counts_while_its_kernel_runs() -> None:
     assert region_memory(traced, module, sizes, "cpu", {("cpu", "aten::linear"): workspace}).peak == plain + 1000
     x, weight = SizedTensor((TOKENS, WIDTH), torch.float32), SizedTensor((WIDTH, WIDTH), torch.float32)
     assert seen == [([x, weight], [x])] * 2
+
+
+def test_what_triton_kernels_take_for_themselves() -> None:
+    """By hand: the sampler cuts 128,256 logits into 32 chunks; a row's 131,072 keys make 64 splits, each a float32 head and one more."""
+    logits = SizedTensor((10, 128_256), torch.bfloat16)
+    chunks, lists = 32 * (4 + 4 + 6 * (8 + 4)), 6 * 4 + 8192 * 4
+    assert WORKSPACES["cuda", "toka_triton::sample"]([logits], []) == 10 * (chunks + lists)
+    query, cache = SizedTensor((9, 32, 128), torch.bfloat16), SizedTensor((1, 8, 16, 128), torch.bfloat16)
+    table, rows, starts = (SizedTensor(shape, torch.int32) for shape in ((64, 8192), (4,), (5,)))
+    attention = WORKSPACES["cuda", "toka_triton::paged_attention"]
+    assert attention([query, cache, cache, table, rows, starts, rows], []) == 4 * 32 * 64 * (128 + 1) * 4
+    short = SizedTensor((64, 16), torch.int32)  # 256 tokens: nothing is split
+    assert attention([query, cache, cache, short, rows, starts, rows], []) == 0
 
 
 def test_values_live_until_their_name_is_written_again() -> None:

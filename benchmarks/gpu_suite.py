@@ -223,9 +223,7 @@ def _process(job: dict[str, Any], log: IO[str]) -> Iterator[subprocess.Popen[str
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        process.wait()  # its output stays open: some process of another session that it started may still hold the other end
 
 
 def _lines(process: subprocess.Popen[str], limit_s: float) -> Iterator[dict[str, Any]]:

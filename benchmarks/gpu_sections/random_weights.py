@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,12 +23,16 @@ class RandomReader:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device):
         model = build_model(spec, dtype)
         self._device = device
-        self._random = torch.Generator(device).manual_seed(0)
         self._entries = {
             model.checkpoint_name(name): TensorEntry(tuple(weight.shape), "random", dtype, Path("random"))
             for name, weight in model.named_modules()
             if isinstance(weight, Weight)
         }
+
+    @functools.cached_property
+    def _random(self) -> torch.Generator:
+        # Not before weights are read: as in any start, the device is not in use while code is compiled in forked processes.
+        return torch.Generator(self._device).manual_seed(0)
 
     @property
     def tensors(self) -> Mapping[str, TensorEntry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -64,8 +64,12 @@ def build_artifact(
         for library in libraries():
             shutil.copy2(library, directory / library.name)
             names.append(library.name)
-        kernels = tuple(KernelEntry(each.op, str(each.overload), each.reason) for each in chosen)
-        artifact.write_manifest(directory, identity, entries, kernels, tuple(names), made_with)
+        artifact.write_manifest(directory, identity, entries, kernel_entries(chosen), tuple(names), made_with)
+
+
+def kernel_entries(chosen: Iterable[ChosenKernel]) -> tuple[KernelEntry, ...]:
+    """The choice as a manifest and a report keep it."""
+    return tuple(KernelEntry(each.op, str(each.overload), each.reason) for each in chosen)
 
 
 def dump_graphs(directory: Path) -> Callable[[int, str, RegionGraph], None]:

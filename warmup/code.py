@@ -177,7 +177,7 @@ def _eager(
         log.warning("torch_compile=F runs on the plain-torch reference kernels, many times slower, since %s", error)
     with progress.phase("trace"):
         graphs, chosen = builder.transform(graph, setup.device, kernel_chooser(setup, families))
-    _note(report, tuple(KernelEntry(each.op, str(each.overload), each.reason) for each in chosen))
+    _note(report, builder.kernel_entries(chosen))
     return eager_regions(graphs)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+import toka.kernels.ops  # noqa: F401 (registers the operators)
 from toka.compile.region_graph import RegionGraph
 
 if TYPE_CHECKING:

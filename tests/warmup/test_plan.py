@@ -26,6 +26,19 @@ def flags(model: Path, **changes: Any) -> PlanFlags:
     return PlanFlags(**({"model": str(model), "max_tokens_per_forward": 64, "max_seqs_per_forward": 8} | changes))
 
 
+def assert_foretold(source: ModelSource, chosen: dict[str, Any]) -> None:
+    """Start an engine with these flags and hold what it measured against the plan."""
+    planned = make_plan(PlanFlags(**chosen))
+    report = warm_up(settle(Config(**chosen), source), open_checkpoint(source.path), quiet=True).report
+    assert report.memory is not None
+    assert planned.table.weights == report.memory.weights
+    assert planned.table.tables == report.memory.tables
+    assert planned.table.kv_cache == report.memory.kv_cache
+    assert planned.kv_tokens == report.kv_tokens
+    assert planned.table.activations == pytest.approx(report.memory.activations, rel=MAX_ERROR)
+    assert planned.kernels == report.kernels
+
+
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [("llama", (64, 8)), ("llama", (16, 16)), ("llama", (200, 3)), ("qwen2", (64, 8)), ("qwen3", (64, 8))],
@@ -43,15 +56,13 @@ def test_the_plan_is_what_the_warmup_measures(
         "max_tokens_per_forward": sizes[0],
         "max_seqs_per_forward": sizes[1],
     }
-    planned = make_plan(PlanFlags(**chosen))
-    setup = settle(Config(**chosen), ModelSource("hf_dir", path, path, path.name))
-    report = warm_up(setup, open_checkpoint(path), quiet=True).report
-    assert report.memory is not None
-    assert planned.table.weights == report.memory.weights
-    assert planned.table.tables == report.memory.tables
-    assert planned.table.kv_cache == report.memory.kv_cache
-    assert planned.kv_tokens == report.kv_tokens
-    assert planned.table.activations == pytest.approx(report.memory.activations, rel=MAX_ERROR)
+    assert_foretold(ModelSource("hf_dir", path, path, path.name), chosen)
+
+
+def test_the_plan_of_the_default_model_is_what_the_warmup_measures(default_model: ModelSource, cache_dir: Path) -> None:
+    """With the flags that shape code at their defaults, so that all tests that start this model share its artifact."""
+    chosen = {"model": "default", "device": "cpu", "cache_dir": str(cache_dir), "kv_cache_num_tokens": 64 * 1024}
+    assert_foretold(default_model, chosen)
 
 
 @pytest.fixture(scope="module")

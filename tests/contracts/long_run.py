@@ -26,7 +26,7 @@ NUM_THREADS = 2
 VOCAB_SIZE = 320
 BLOCK_SIZE = 16
 MAX_WAITING = 96  # requests that are in the engine at once, more than one step takes
-# A cache that holds 48 blocks: fewer than a full step wants at its worst, so blocks are evicted all the time and requests preempted.
+# A cache of 48 blocks, fewer than a full step wants at its worst: blocks are evicted all the time, and requests wait for some.
 FLAGS = {"max_tokens_per_forward": 128, "max_seqs_per_forward": 64, "kv_cache_num_tokens": 48 * BLOCK_SIZE}
 
 

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from startup import environment, ready_toka
 
 from toka.config import Config, hub_offline, num_available_cores
 from toka.model_source import ModelSource, locate, read_hf_config
@@ -34,7 +32,6 @@ from toka.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 GSM8K = HERE.parents[1] / "shared" / "data" / "gsm8k" / "test_first660.jsonl"
-START_TIMEOUT_S = 300
 
 
 class Prompts:
@@ -161,56 +158,6 @@ class Child:
         self._process.wait()
 
 
-def startup_s(source: ModelSource, cache: Path) -> float:
-    """Seconds from starting the server to its being ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "toka",
-        f"model={source.path}",
-        f"port={port}",
-        f"cache_dir={cache}",
-        "log_level=error",
-    ]
-    began = time.perf_counter()
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        while time.perf_counter() - began < START_TIMEOUT_S and server.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
-                    return time.perf_counter() - began
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.05)
-        raise SystemExit("the server did not become ready")
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def environment() -> dict[str, Any]:
-    """Commit, machine and versions that the figures belong to."""
-    from importlib.metadata import version
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "unknown",
-    )
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    return {
-        "commit": commit.stdout.strip(),
-        "cpu": cpu,
-        "cores": num_available_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "versions": {"python": sys.version.split()[0], **versions},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the JSON to this file")
@@ -225,7 +172,10 @@ def main() -> None:
         return
     source = locate(arguments.model, None, Config().cache_path(), offline=hub_offline())
     with tempfile.TemporaryDirectory() as cache:
-        cold, warm = (startup_s(source, Path(cache)) for _ in range(2))
+        with ready_toka(source, Path(cache)) as (cold, _):
+            pass
+        with ready_toka(source, Path(cache)) as (warm, _):
+            pass
     print(f"startup: cold {cold:.1f} s, warm {warm:.1f} s")
     children = {name: Child(name, arguments.model) for name in arguments.engines.split(",")}
     rows: dict[str, dict[str, list[float]]] = {name: {} for name in children}

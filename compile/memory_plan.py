@@ -59,8 +59,11 @@ def _states_of_splits(given: Sequence[SizedTensor], returned: Sequence[SizedTens
     """Decode attention keeps a state for each part that a row's keys are cut into. Without a window, which would cut fewer."""
     from toka.kernels.triton import attention_tile, decode_attention  # import Triton, which takes its time
 
-    tensors = [torch.empty(each.shape, dtype=each.dtype, device="meta") for each in given]
-    return decode_attention.workspace_bytes(attention_tile.Problem(*tensors, scale=1.0, window=0))
+    query, keys, values, table, rows, starts, lens = (
+        torch.empty(each.shape, dtype=each.dtype, device="meta") for each in given
+    )
+    problem = attention_tile.Problem(query, keys, values, table, rows, starts, lens, scale=1.0, window=0)
+    return decode_attention.workspace_bytes(problem)
 
 
 def _lists_of_the_sampler(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:

@@ -15,8 +15,8 @@
 namespace toka {
 namespace {
 
-constexpr int64_t kMaxRows = 16 * kBlockRows;             // rows that pass a panel together
-constexpr int64_t kMaxActivations = kMaxRows * 704;     // of those rows, held at once; 448 KiB with AVX-512
+constexpr int64_t kMaxRows = 20 * kBlockRows;             // rows that pass a panel together
+constexpr int64_t kMaxActivations = kMaxRows * 704;     // of those rows, held at once; 770 KiB with AVX-512
 constexpr int64_t kMaxReusedDepth = 2048;                // of a panel that several blocks read: 256 KiB
 constexpr int64_t kPanelsPerGroup = 16;                  // whose sums wait while rows are cut into chunks
 constexpr int64_t kRowsPerThread = 2 * kBlockRows;       // with fewer rows a thread, threads share rows and divide panels
@@ -37,7 +37,7 @@ inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 // Memory of a thread, kept from call to call; at most about 2 MiB.
 struct Scratch {
   std::vector<float> activations;  // blocks one after another, each [depth, its rows]
-  std::vector<float> panel;        // a 16-bit panel in float32, where several blocks read it
+  std::vector<float> panel;        // a 16-bit panel in float32
   std::vector<float> sums;         // [panels of the group, rows, kPanelWidth]
 
   static float* grown(std::vector<float>& memory, int64_t size) {
@@ -46,25 +46,21 @@ struct Scratch {
   }
 };
 
-template <typename T>
-using Multiply = void (*)(const float*, Panels<T>, int64_t, bool, float*, Prefetch);
+using Multiply = void (*)(const float*, Panels, int64_t, bool, float*, Prefetch);
 
-template <typename T, int... Below>
-constexpr std::array<Multiply<T>, kBlockRows> by_rows(std::integer_sequence<int, Below...>) {
-  return {multiply_block<Below + 1, 1, T>...};
+template <int... Below>
+constexpr std::array<Multiply, kBlockRows> by_rows(std::integer_sequence<int, Below...>) {
+  return {multiply_block<Below + 1, 1>...};
 }
 
-template <typename T, int... Below>
-constexpr std::array<Multiply<T>, kBlockRows> by_rows_several_panels(std::integer_sequence<int, Below...>) {
-  return {multiply_block<Below + 1, panels_at_once(Below + 1), T>...};
+template <int... Below>
+constexpr std::array<Multiply, kBlockRows> by_rows_several_panels(std::integer_sequence<int, Below...>) {
+  return {multiply_block<Below + 1, panels_at_once(Below + 1)>...};
 }
 
 // multiply_block of each height with one panel, and with panels_at_once; [0] is one row.
-template <typename T>
-constexpr std::array<Multiply<T>, kBlockRows> kMultiplyOne = by_rows<T>(std::make_integer_sequence<int, kBlockRows>());
-template <typename T>
-constexpr std::array<Multiply<T>, kBlockRows> kMultiplySeveral =
-    by_rows_several_panels<T>(std::make_integer_sequence<int, kBlockRows>());
+constexpr auto kMultiplyOne = by_rows(std::make_integer_sequence<int, kBlockRows>());
+constexpr auto kMultiplySeveral = by_rows_several_panels(std::make_integer_sequence<int, kBlockRows>());
 
 template <typename T>
 class Product {
@@ -87,6 +83,8 @@ class Product {
   }
 
  private:
+  static constexpr bool kIsFloat = std::is_same_v<T, float>;
+
   int64_t in_features() const { return panels_.sizes[1]; }
   int64_t out_features() const { return out_.sizes[1]; }
 
@@ -109,7 +107,7 @@ class Product {
     if (num_blocks > 1) max_depth = std::min(max_depth, kMaxReusedDepth);
     const int64_t num_chunks = std::max<int64_t>(1, divide_up(in_features(), max_depth));
     const int64_t num_groups = num_chunks == 1 ? 1 : divide_up(panels.size(), kPanelsPerGroup);
-    const int64_t at_once = num_blocks == 1 ? panels_at_once(static_cast<int>(rows.size())) : 1;
+    const int64_t at_once = kIsFloat && num_blocks == 1 ? panels_at_once(static_cast<int>(rows.size())) : 1;
     const int64_t sums_per_panel = rows.size() * kPanelWidth;
     for (int64_t g = 0; g < num_groups; ++g) {
       const Range group = panels.part(g, num_groups);
@@ -150,20 +148,21 @@ class Product {
   };
 
   void multiply(const Pass& pass, Selection panels, float* sums, Scratch& scratch) const {
-    if (pass.num_blocks == 1) return multiply_once(pass, panels, sums, scratch);
     const T* panel = panels_.at(panels.first, pass.chunk.begin);
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (kIsFloat) {
+      if (pass.num_blocks == 1) return multiply_once(pass, panels, sums, scratch);
       multiply_blocks(pass, panels.first, panel, sums, scratch);
     } else {
+      // Through the cache, even for one row: turning 16 weights takes two cycles, reading them from memory eight.
       multiply_blocks(pass, panels.first, converted(panel, pass.chunk.size(), scratch), sums, scratch);
     }
   }
 
-  // One block: panels are read once, and fetched a little ahead.
+  // One block of float32: panels are read once, and fetched a little ahead.
   void multiply_once(const Pass& pass, Selection panels, float* sums, const Scratch& scratch) const {
-    const T* weights = panels_.at(panels.first, pass.chunk.begin);
+    const float* weights = panels_.at(panels.first, pass.chunk.begin);
     const int64_t num_rows = pass.rows.size();
-    const auto multiply_block = (panels.count == 1 ? kMultiplyOne<T> : kMultiplySeveral<T>)[num_rows - 1];
+    const auto multiply_block = (panels.count == 1 ? kMultiplyOne : kMultiplySeveral)[num_rows - 1];
     const Prefetch prefetch{reinterpret_cast<const char*>(weights) + kPrefetchBytes, lines_per_round(1)};
     multiply_block(scratch.activations.data(), {weights, panels.step * panels_.strides[0]}, pass.chunk.size(),
                    pass.chunk.begin == 0, sums, prefetch);
@@ -183,7 +182,7 @@ class Product {
       const Range block = pass.rows.part(b, pass.num_blocks);
       if (pass.is_last) prefetch_out(block, p);
       const Prefetch prefetch{next + chunk_bytes * b / pass.num_blocks, lines_per_round(pass.num_blocks)};
-      kMultiplyOne<float>[block.size() - 1](activations, {panel, 0}, depth, pass.chunk.begin == 0, sums, prefetch);
+      kMultiplyOne[block.size() - 1](activations, {panel, 0}, depth, pass.chunk.begin == 0, sums, prefetch);
       if (pass.is_last) finish(sums, block, p);
       activations += block.size() * depth;
       sums += block.size() * kPanelWidth;

@@ -1,4 +1,4 @@
-// The arithmetic of a product with packed weights: one block of rows times one panel, in float32 whatever the storage is.
+// The arithmetic of a product with packed weights: one block of rows times one panel, in float32.
 //
 // One order of operations for every batch: an output is a chain of FMAs over the in features, ascending from zero, one chain for each
 // lane. Blocks of any height, chunks of any depth (the chain goes on where it stood) and any number of threads give the same bits,
@@ -31,15 +31,14 @@ struct Prefetch {
 };
 
 // One or more panels, `stride` weights apart.
-template <typename T>
 struct Panels {
-  const T* first;
+  const float* first;
   int64_t stride;
 };
 
 // sums[NumPanels, Rows, kPanelWidth] (+)= activations[depth, Rows]ᵀ . panels[depth, kPanelWidth]; they start from zero if `fresh`.
-template <int Rows, int NumPanels, typename T>
-void multiply_block(const float* activations, Panels<T> panels, int64_t depth, bool fresh, float* sums, Prefetch prefetch) {
+template <int Rows, int NumPanels>
+void multiply_block(const float* activations, Panels panels, int64_t depth, bool fresh, float* sums, Prefetch prefetch) {
   constexpr int kColumns = kLanes * kBlockVectors;
   for (int column = 0; column < kPanelWidth; column += kColumns) {
     const auto sums_at = [&](int p, int r, int v) { return sums + (p * Rows + r) * kPanelWidth + column + v * kLanes; };
@@ -68,7 +67,7 @@ void multiply_block(const float* activations, Panels<T> panels, int64_t depth, b
     int64_t k = 0;
     for (; k + kDepthStep <= depth; k += kDepthStep) {
       for (int64_t i = 0; i < prefetch.lines; ++i, prefetch.next += kCacheLineBytes) {
-        for (int p = 0; p < NumPanels; ++p) __builtin_prefetch(prefetch.next + p * panels.stride * sizeof(T));
+        for (int p = 0; p < NumPanels; ++p) __builtin_prefetch(prefetch.next + p * panels.stride * sizeof(float));
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kDepthStep; ++i) step(k + i);

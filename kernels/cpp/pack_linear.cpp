@@ -20,7 +20,7 @@ template <typename T>
 void fill_panel(View<const T> weight, int64_t p, T* panel) {
   const int64_t in_features = weight.sizes[1], first = p * kPanelWidth;
   const int64_t width = std::min<int64_t>(kPanelWidth, weight.sizes[0] - first);
-  if (width < kPanelWidth) std::fill_n(panel, in_features * kPanelWidth, T(0.0f));
+  if (width < kPanelWidth) std::fill_n(panel, in_features * kPanelWidth, T{0});
   for (int64_t stripe = 0; stripe < in_features; stripe += kStripe) {
     const int64_t end = std::min(in_features, stripe + kStripe);
     for (int64_t l = 0; l < width; ++l) {
@@ -30,15 +30,15 @@ void fill_panel(View<const T> weight, int64_t p, T* panel) {
   }
 }
 
-template <typename T, typename Id>
-void gather(View<const Id> ids, View<const T> panels, View<T> out) {
-  const int64_t num_ids = ids.sizes[0], in_features = panels.sizes[1], num_rows = panels.sizes[0] * kPanelWidth;
+template <typename T>
+void gather(const Indices& ids, View<const T> panels, View<T> out) {
+  const int64_t num_ids = ids.size(), in_features = panels.sizes[1], num_rows = panels.sizes[0] * kPanelWidth;
   for (int64_t n = 0; n < num_ids; ++n) {
-    STD_TORCH_CHECK(*ids.at(n) >= 0 && *ids.at(n) < num_rows, "id ", *ids.at(n), " is outside of the ", num_rows, " packed rows");
+    STD_TORCH_CHECK(ids[n] >= 0 && ids[n] < num_rows, "id ", ids[n], " is outside of the ", num_rows, " packed rows");
   }
   share(num_ids, std::max<int64_t>(1, in_features) * kPanelWidth / 4, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t id = *ids.at(n);
+      const int64_t id = ids[n];
       const T* from = panels.at(id / kPanelWidth) + id % kPanelWidth;
       T* to = out.at(n);
       for (int64_t i = 0; i < in_features; ++i) to[i] = from[i * kPanelWidth];
@@ -53,7 +53,7 @@ Tensor pack_linear(Tensor weight_OI) {
   const Tensor dense = dense_last(weight_OI);
   const int64_t num_panels = (dense.size(0) + kPanelWidth - 1) / kPanelWidth, in_features = dense.size(1);
   Tensor packed = empty({num_panels, in_features, kPanelWidth}, dense.scalar_type());
-  with_float_type(dense.scalar_type(), "weight", [&](auto zero) {
+  with_storage_type(dense.scalar_type(), "weight", [&](auto zero) {
     using T = decltype(zero);
     const auto weight = view<T>(dense, 2, "weight").template as<const T>();
     const auto panels = view<T>(packed, 3, "panels");
@@ -68,15 +68,11 @@ Tensor embedding_packed(Tensor ids_N, Tensor panels_PIL) {
   STD_TORCH_CHECK(panels_PIL.dim() == 3 && panels_PIL.size(2) == kPanelWidth, "panels must be [P, I, ", kPanelWidth, "]");
   STD_TORCH_CHECK(ids_N.dim() == 1, "ids must be [N]");
   Tensor rows = empty({ids_N.size(0), panels_PIL.size(1)}, panels_PIL.scalar_type());
-  with_float_type(panels_PIL.scalar_type(), "panels", [&](auto zero) {
+  with_storage_type(panels_PIL.scalar_type(), "panels", [&](auto zero) {
     using T = decltype(zero);
     const auto panels = view<T>(panels_PIL, 3, "panels").template as<const T>();
     const auto out = view<T>(rows, 2, "rows");
-    if (ids_N.scalar_type() == ScalarType::Long) {
-      gather(table<int64_t>(ids_N, 1, ScalarType::Long, "ids"), panels, out);
-    } else {
-      gather(table<int32_t>(ids_N, 1, ScalarType::Int, "ids"), panels, out);
-    }
+    gather(Indices(ids_N, "ids"), panels, out);
   });
   return rows;
 }

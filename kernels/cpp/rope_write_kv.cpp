@@ -44,17 +44,9 @@ inline void turn_into_cache(const S* from, const S* cos, const S* sin, int64_t h
   }
 }
 
-// Slots of either integer type: one instantiation less to compile per pair of dtypes.
-struct Slots {
-  const int32_t* narrow;
-  const int64_t* wide;
-
-  int64_t operator[](int64_t t) const { return wide != nullptr ? wide[t] : narrow[t]; }
-};
-
 template <typename S, typename T>
 void run(View<const S> query, View<const S> key, View<const S> value, View<const S> cos, View<const S> sin, View<T> key_cache,
-         View<T> value_cache, Slots slots, View<S> out) {
+         View<T> value_cache, const Indices& slots, View<S> out) {
   const int64_t num_tokens = query.sizes[0], head_dim = query.sizes[2], half = head_dim / 2;
   const int64_t num_blocks = key_cache.sizes[0], block_size = key_cache.sizes[2];
   for (int64_t t = 0; t < num_tokens; ++t) {
@@ -101,9 +93,7 @@ Tensor rope_write_kv(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor 
   for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(key_cache.size(d) == value_cache.size(d), "the caches differ in shape");
   STD_TORCH_CHECK(key_cache.scalar_type() == value_cache.scalar_type(), "the caches differ in dtype");
 
-  const bool wide = slots_T.scalar_type() == ScalarType::Long;
-  const Slots slots{wide ? nullptr : table<int32_t>(slots_T, 1, ScalarType::Int, "slots").data,
-                    wide ? table<int64_t>(slots_T, 1, ScalarType::Long, "slots").data : nullptr};
+  const Indices slots(slots_T, "slots");
   Tensor turned = empty({num_tokens, query.size(1), head_dim}, query.scalar_type());
   with_float_type(query.scalar_type(), "query", [&](auto s) {
     with_float_type(key_cache.scalar_type(), "key_cache", [&](auto t) {

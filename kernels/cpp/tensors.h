@@ -58,6 +58,25 @@ View<const T> table(const Tensor& tensor, int64_t num_dims, ScalarType dtype, co
   return view<T>(tensor, num_dims, name).template as<const T>();
 }
 
+// A list of int32 or int64; decided per element, which costs nothing beside what is done with one, and halves the code to compile.
+class Indices {
+ public:
+  Indices(const Tensor& tensor, const char* name)
+      : is_wide_(tensor.scalar_type() == ScalarType::Long),
+        wide_(is_wide_ ? table<int64_t>(tensor, 1, ScalarType::Long, name).data : nullptr),
+        narrow_(is_wide_ ? nullptr : table<int32_t>(tensor, 1, ScalarType::Int, name).data),
+        size_(tensor.size(0)) {}
+
+  int64_t size() const { return size_; }
+  int64_t operator[](int64_t i) const { return is_wide_ ? wide_[i] : narrow_[i]; }
+
+ private:
+  bool is_wide_;
+  const int64_t* wide_;
+  const int32_t* narrow_;
+  int64_t size_;
+};
+
 // Activations may come in any layout; the kernels want the last dimension dense.
 inline Tensor dense_last(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
@@ -89,6 +108,18 @@ auto with_float_type(ScalarType dtype, const char* name, Body&& body) {
     default:
       STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, is ", torch::headeronly::toString(dtype));
   }
+}
+
+// The same with an integer of that size, for code that only moves values.
+template <typename Body>
+auto with_storage_type(ScalarType dtype, const char* name, Body&& body) {
+  return with_float_type(dtype, name, [&](auto zero) {
+    if constexpr (sizeof(zero) == 4) {
+      return body(uint32_t{});
+    } else {
+      return body(uint16_t{});
+    }
+  });
 }
 
 }  // namespace toka

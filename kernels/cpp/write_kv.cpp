@@ -16,16 +16,16 @@ void copy_row(const S* from, T* to, int64_t count) {
   }
 }
 
-template <typename S, typename T, typename Slot>
-void scatter(View<S> key, View<S> value, View<T> key_cache, View<T> value_cache, View<const Slot> slots) {
-  const int64_t num_tokens = slots.sizes[0], num_heads = key.sizes[1], head_dim = key.sizes[2];
+template <typename S, typename T>
+void scatter(View<S> key, View<S> value, View<T> key_cache, View<T> value_cache, const Indices& slots) {
+  const int64_t num_tokens = slots.size(), num_heads = key.sizes[1], head_dim = key.sizes[2];
   const int64_t num_blocks = key_cache.sizes[0], block_size = key_cache.sizes[2];
   for (int64_t t = 0; t < num_tokens; ++t) {
-    STD_TORCH_CHECK(*slots.at(t) < num_blocks * block_size, "slot ", *slots.at(t), " is outside of the cache");
+    STD_TORCH_CHECK(slots[t] < num_blocks * block_size, "slot ", slots[t], " is outside of the cache");
   }
   const auto copy = [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t slot = *slots.at(t);
+      const int64_t slot = slots[t];
       if (slot < 0) continue;
       for (int64_t h = 0; h < num_heads; ++h) {
         copy_row(key.at(t, h), key_cache.at(slot / block_size, h, slot % block_size), head_dim);
@@ -56,15 +56,8 @@ void write_kv(Tensor key_THD, Tensor value_THD, Tensor key_cache, Tensor value_c
     with_float_type(key_cache.scalar_type(), "key_cache", [&](auto t) {
       using S = decltype(s);
       using T = decltype(t);
-      const auto run = [&](auto slots) {
-        scatter(view<S>(key, 3, "key"), view<S>(value, 3, "value"), view<T>(key_cache, 4, "key_cache"),
-                view<T>(value_cache, 4, "value_cache"), slots);
-      };
-      if (slots_T.scalar_type() == ScalarType::Long) {
-        run(table<int64_t>(slots_T, 1, ScalarType::Long, "slots"));
-      } else {
-        run(table<int32_t>(slots_T, 1, ScalarType::Int, "slots"));
-      }
+      scatter(view<S>(key, 3, "key"), view<S>(value, 3, "value"), view<T>(key_cache, 4, "key_cache"),
+              view<T>(value_cache, 4, "value_cache"), Indices(slots_T, "slots"));
     });
   });
 }

@@ -157,7 +157,7 @@ def _build(target: Path, graph: StepGraph, wanted: Identity, setup: EngineSetup,
                 chosen,
                 lambda: [library.result() for library in libraries],
                 made_with,
-                max_processes=num_available_cores(),
+                max_processes=num_available_cores() + 1,  # one more, so that no core waits for the last one
                 on_region=progress.advance,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,7 @@ _NOT_WEIGHTS = (
     ROPE_FACTORS,  # part of the configuration that a GGUF file keeps among its tensors
 )
 _MAX_NAMES_SHOWN = 3
+_MAX_READERS = 4
 
 
 class LoadableModel(Protocol):
@@ -51,10 +53,10 @@ def load_weights(
     device: torch.device | str = "cpu",
     on_progress: LoadProgress | None = None,
 ) -> None:
-    """Allocate the model's weights and buffers on the device, one after the other, and fill them from the checkpoint.
+    """Allocate the model's weights and buffers on the device and fill them from the checkpoint, a few at a time.
 
-    The model is usually built on the meta device; each weight says its own dtype and format. Beyond the model itself some
-    16 MB are needed at a time. Raises ConfigError (one line naming tensor, shapes and file) if the checkpoint does not fit.
+    The model is usually built on the meta device; each weight says its own dtype and format. Beyond the model itself some 16 MB are
+    needed for each of at most four readers. Raises ConfigError (one line naming tensor, shapes and file) if the checkpoint does not fit.
     """
     device = torch.device(device)
     weights = {
@@ -63,11 +65,19 @@ def load_weights(
     _check_names(model, reader, weights)
     order = {name: position for position, name in enumerate(reader.tensors)}
     done, total = 0, sum(weight.num_bytes() for weight in weights.values())
-    for name in sorted(weights, key=lambda name: order[weights[name].format.checkpoint_names(name)[0]]):
-        weights[name].load(reader, name, device)
-        done += weights[name].num_bytes()
-        if on_progress is not None:
-            on_progress(done, total)
+    names = sorted(weights, key=lambda name: order[weights[name].format.checkpoint_names(name)[0]])
+    # Reading and dequantising let other threads run, and on CUDA the copies overlap with both.
+    with ThreadPoolExecutor(min(torch.get_num_threads(), _MAX_READERS), thread_name_prefix="weights") as pool:
+        jobs = [(name, pool.submit(weights[name].load, reader, name, device)) for name in names]
+        try:
+            for name, job in jobs:
+                job.result()
+                done += weights[name].num_bytes()
+                if on_progress is not None:
+                    on_progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     for _, module in model.named_modules():
         if isinstance(module, ComputesBuffers):
             module.compute_buffers(device)

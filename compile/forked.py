@@ -72,8 +72,6 @@ class _Child:
         if self._pid == 0:
             _live(call, its_end)
         os.close(its_end)
-        with contextlib.suppress(OSError):  # it does the same: whoever comes first
-            os.setpgid(self._pid, self._pid)
 
     def has_ended(self) -> bool:
         """Read what there is."""
@@ -93,7 +91,7 @@ class _Child:
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._pid, signal.SIGKILL)  # its compilers too
+            os.kill(self._pid, signal.SIGKILL)  # a compiler that it runs ends by itself, within seconds
         os.waitpid(self._pid, 0)
         os.close(self.pipe)
 
@@ -102,7 +100,6 @@ def _live(call: Call, pipe: int) -> None:
     """A child's whole life; never returns."""
     error: BaseException | None = None
     try:
-        os.setpgid(0, 0)
         call()
     except ConfigError as raised:
         error = raised

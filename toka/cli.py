@@ -84,9 +84,12 @@ def _run(command: str, flags: Any) -> int:
 
             return run(flags)
         case _:
+            from toka.server.engine_process import EngineProcess
+
+            process = EngineProcess(flags.check())  # it imports torch while this process imports the HTTP server
             from toka.server.launch import serve
 
-            return serve(flags)
+            return serve(flags, process)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading flags

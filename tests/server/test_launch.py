@@ -23,9 +23,11 @@ _PROGRAM = """
 import sys
 from toka.config import Config
 from toka.errors import ConfigError
+from toka.server.engine_process import EngineProcess
 from toka.server.launch import serve
 try:
-    sys.exit(serve(Config(**eval(sys.argv[1])), engine_target="fake_engine:run"))
+    config = Config(**eval(sys.argv[1])).check()
+    sys.exit(serve(config, EngineProcess(config, "fake_engine:run")))
 except ConfigError as error:
     print(f"toka: error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -28,10 +28,15 @@ ENGINE_TARGET = "toka.engine.main:run"
 
 
 class _Order(TypedDict):
-    """What the child reads from its stdin first, as one line of JSON."""
+    """What the child reads from its stdin first, as one line of JSON: enough to import torch and the engine."""
 
     target: str
     config: dict[str, object]
+
+
+class _Place(TypedDict):
+    """The second line."""
+
     source: dict[str, str]
     address_in: str
     address_out: str
@@ -39,35 +44,27 @@ class _Order(TypedDict):
 
 
 class EngineProcess:
-    """A running engine. target: `module:function`, called in the child as function(config, source, address_in, address_out).
+    """A running engine: it imports what it needs as soon as it is made, and works from `begin` on.
 
-    private_dir: where the sockets are; the child removes it if it must do so in the parent's place.
+    target: `module:function`, called in the child as function(config, source, address_in, address_out).
     """
 
-    def __init__(
-        self,
-        config: Config,
-        source: ModelSource,
-        address_in: str,
-        address_out: str,
-        private_dir: str,
-        target: str = ENGINE_TARGET,
-    ):
-        order = _Order(
-            target=target,
-            config=dataclasses.asdict(config),
-            source={key: str(value) for key, value in dataclasses.asdict(source).items()},
-            address_in=address_in,
-            address_out=address_out,
-            private_dir=private_dir,
-        )
+    def __init__(self, config: Config, target: str = ENGINE_TARGET):
         # -P: the working directory may be a checkout, whose top-level folders would shadow installed packages.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "toka.server.engine_process"], stdin=subprocess.PIPE, start_new_session=True
         )
+        self._tell(_Order(target=target, config=dataclasses.asdict(config)))
+
+    def begin(self, source: ModelSource, address_in: str, address_out: str, private_dir: str) -> None:
+        """Let it load the model. private_dir: where the sockets are; the child removes it if it must do so in the parent's place."""
+        fields = {key: str(value) for key, value in dataclasses.asdict(source).items()}
+        self._tell(_Place(source=fields, address_in=address_in, address_out=address_out, private_dir=private_dir))
+
+    def _tell(self, line: _Order | _Place) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once; the watch tells
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.write(json.dumps(line).encode() + b"\n")
             self._process.stdin.flush()
 
     @property
@@ -92,7 +89,6 @@ def _main() -> int:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # sent to a whole service; the parent drains, then ends us
         signal.signal(ignored, signal.SIG_IGN)
     order: _Order = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_follow_parent, args=(order["private_dir"],), name="parent-watch", daemon=True).start()
     module, _, function = order["target"].partition(":")
     try:
         config = Config(**order["config"])  # type: ignore[arg-type]
@@ -100,7 +96,12 @@ def _main() -> int:
             config.num_threads or num_available_cores(), config.cache_path()
         )  # before torch is there
         run = getattr(importlib.import_module(module), function)
-        run(config, _model_source(order["source"]), order["address_in"], order["address_out"])
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return 0  # the parent has ended
+        place: _Place = json.loads(line)
+        threading.Thread(target=_follow_parent, args=(place["private_dir"],), name="parent-watch", daemon=True).start()
+        run(config, _model_source(place["source"]), place["address_in"], place["address_out"])
     except ConfigError as error:
         print(f"toka: error: {error}", file=sys.stderr)
         return 2

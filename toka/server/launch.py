@@ -28,7 +28,7 @@ from toka.metrics import kv_cache_usage
 from toka.model_source import locate, read_hf_config
 from toka.server.app import create_app
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
-from toka.server.engine_process import ENGINE_TARGET, EngineProcess
+from toka.server.engine_process import EngineProcess
 from toka.server.serving import Serving
 from toka.text.tokenizer import Tokenizer
 
@@ -41,26 +41,25 @@ _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 
 
-def serve(config: Config, *, engine_target: str = ENGINE_TARGET) -> int:
+def serve(config: Config, process: EngineProcess) -> int:
     """Serve until told to stop; returns the process's exit status.
 
-    engine_target: see `EngineProcess`. Raises ConfigError if the port is taken, or the model, its tokenizer or its engine cannot
-    be had as configured.
+    process: of this configuration, which is checked; it is ended here. Raises ConfigError if the port is taken, or the model, its
+    tokenizer or its engine cannot be had as configured.
     """
     set_up_logging(config.log_level, config.uvicorn_log_level)
-    config.check()
-    with _listen(config) as listener, _private_dir() as directory:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(_private_dir())
+        stack.callback(process.stop, 0)
+        listener = stack.enter_context(_listen(config))
         address_in, address_out = f"ipc://{directory}/in", f"ipc://{directory}/out"
         source = locate(config.model, config.tokenizer, config.cache_path(), offline=hub_offline())
-        process = EngineProcess(config, source, address_in, address_out, directory, engine_target)
-        try:
-            tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
-            model_id = config.served_model_name or source.name
-            server = _ServerRun(config, model_id, tokenizer, process, address_in, address_out)
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(server.run(listener))
-        finally:
-            process.stop(0)
+        process.begin(source, address_in, address_out, directory)
+        tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
+        model_id = config.served_model_name or source.name
+        server = _ServerRun(config, model_id, tokenizer, process, address_in, address_out)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(server.run(listener))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def run(config: Config, source: ModelSource, address_in: str, address_out: str) 
         try:
             engine, ready = build_engine(config, source)
             send(ready)
+            _keep_what_is_there()
             _serve(engine, inbox, send)
         except ConfigError as error:
             send(Fatal(message=str(error), config_error=True))
@@ -52,6 +54,13 @@ def run(config: Config, source: ModelSource, address_in: str, address_out: str) 
         else:
             status = 0
     sys.exit(status)
+
+
+def _keep_what_is_there() -> None:
+    """What the start made is never garbage: the collector, which was off until now, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def _serve(engine: EngineCore, inbox: zmq.Socket[bytes], send: _Send) -> None:

@@ -15,15 +15,18 @@ from toka.runner.step_buffers import Bucket
 def buckets(runner: ModelRunner) -> Iterator[Bucket]:
     """All buckets whose parts serving can meet, largest first; those that are captured whole come last.
 
-    Of the others, the regions before the sampler know a bucket's tokens only, the last region its samples only, so each size of either
-    ladder is met once, not each pair: a bucket pairs the i-th largest of both.
+    Of the others each size of either ladder is met, not each pair: only the last region knows the samples. After the largest step come
+    all numbers of tokens without samples, for which the last region is left out, and then all numbers of samples with few tokens.
     """
-    largest_captured = runner.sizes.max_captured_tokens
+    max_rows, largest_captured = runner.sizes.max_rows, runner.sizes.max_captured_tokens
     tokens = [size for size in runner.token_sizes[::-1] if size > largest_captured]
-    samples = runner.sample_sizes[::-1]
-    for i in range(max(len(tokens), len(samples)) if tokens else 0):
-        num_tokens, num_samples = tokens[min(i, len(tokens) - 1)], samples[min(i, len(samples) - 1)]
-        yield Bucket(num_tokens, min(num_tokens, runner.sizes.max_rows), num_samples)
+    if tokens:
+        largest, *smaller = runner.sample_sizes[::-1]
+        yield Bucket(tokens[0], min(tokens[0], max_rows), largest)
+        yield from (Bucket(size, min(size, max_rows), 0) for size in tokens[1:])
+        for samples in smaller:
+            size = next(size for size in reversed(tokens) if size >= samples)
+            yield Bucket(size, min(size, max_rows), samples)
     for size in runner.token_sizes[::-1]:
         if size <= largest_captured:
             yield runner.bucket_for(size, 1)

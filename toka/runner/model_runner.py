@@ -139,8 +139,8 @@ class ModelRunner:
 
     @torch.no_grad()
     def warm(self, plan: BatchPlan, bucket: Bucket) -> None:
-        """Run every region once on this plan and bucket (see CompiledModel.warm)."""
-        self.compiled.warm(self._inputs(plan, bucket))
+        """Run every region once on this plan and bucket (see CompiledModel.warm); without samples, all but the last."""
+        self.compiled.warm(self._inputs(plan, bucket), to_the_end=bucket.num_samples > 0)
 
     @torch.no_grad()
     def capture(self, plan: BatchPlan, bucket: Bucket) -> None:

@@ -19,7 +19,9 @@ PADDING_ROW = -1
 
 @dataclass(frozen=True)
 class Bucket:
-    """The sizes a step is padded to. num_rows follows from num_tokens: no row has fewer tokens than one."""
+    """The sizes a step is padded to. num_rows follows from num_tokens: no row has fewer tokens than one. num_samples is 0 in the warmup
+    only: the step then ends before its last region.
+    """
 
     num_tokens: int
     num_rows: int

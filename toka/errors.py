@@ -32,9 +32,5 @@ class EngineDeadError(TokaError):
     """The engine process is gone: every request in it has ended (HTTP 503)."""
 
 
-class LateCompileError(TokaError):
-    """Something was compiled after `freeze()`: a warmup that missed a shape, a bug in toka."""
-
-
 class InvariantError(TokaError):
     """A law of the engine was broken (a block freed twice, a row reused in flight): a bug in toka."""

@@ -80,7 +80,10 @@ class Config:
         None, "prompt and output of one request; None: the model's context", "tokens"
     )
     scheduling_steps_ahead: int = flag(1, "steps planned while one runs", "steps")
-    track_early_stopping: bool = flag(False, "predict output lengths from those seen; not built yet")
+    track_early_stopping: bool = flag(
+        True,
+        "predict output lengths from those seen, and admit as many requests as then fit; F: as many as fit if all run to max_tokens",
+    )
     use_hydragen: bool = flag(False, "compute attention over shared prefixes once per group; not built yet")
     hydragen_min_group_size: int = flag(
         32, "with use_hydragen: smallest group that shares a prefix's attention", "requests"
@@ -170,9 +173,8 @@ class Config:
         for name in ("dp_size", "pp_size", "tp_size"):
             if getattr(self, name) != 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: this version of toka runs on one rank; set {name}=1")
-        for name in ("use_hydragen", "track_early_stopping"):
-            if getattr(self, name):
-                raise ConfigError(f"{name}=T: not built in this version of toka; leave the flag out")
+        if self.use_hydragen:
+            raise ConfigError("use_hydragen=T: not built in this version of toka; leave the flag out")
         if self.async_tp_threshold is not None:
             raise ConfigError(
                 "async_tp_threshold: needs tensor parallelism, which this version of toka lacks; leave the flag out"
@@ -244,6 +246,7 @@ class ResolvedConfig:
     max_seqs_per_forward: int
     max_context_tokens: int
     steps_in_flight: int
+    track_early_stopping: bool
     torch_compile: bool
     artifact_path: Path | None
     batch_invariant: bool
@@ -294,6 +297,7 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
         max_seqs_per_forward=max_seqs,
         max_context_tokens=context,
         steps_in_flight=1 + config.scheduling_steps_ahead,
+        track_early_stopping=config.track_early_stopping,
         torch_compile=config.torch_compile,
         artifact_path=None if config.artifact is None else Path(config.artifact).expanduser().absolute(),
         batch_invariant=bool(config.batch_invariant),

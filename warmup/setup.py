@@ -64,6 +64,7 @@ def settle(config: Config, source: ModelSource, device: DeviceFacts | None = Non
         max_seqs_per_forward=resolved.max_seqs_per_forward,
         prefix_cache=resolved.prefix_cache,
         steps_in_flight=resolved.steps_in_flight,
+        track_early_stopping=resolved.track_early_stopping,
         vocab_size=spec.vocab_size,
     )
     return EngineSetup(spec, resolved, limits)

@@ -38,6 +38,7 @@ def config(**changes: object) -> ResolvedConfig:
         max_seqs_per_forward=4,
         max_context_tokens=100,
         steps_in_flight=2,
+        track_early_stopping=True,
         torch_compile=True,
         artifact_path=None,
         batch_invariant=False,

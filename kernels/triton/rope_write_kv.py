@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from toka.kernels.triton.compile_case import CompileCase, signature_of
-from toka.kernels.triton.tuning import INTERPRETER, TABLE, Capability, Key, LaunchParameters, capability_of
-from toka.kernels.triton.write_kv import as_stored, cache_place, dense_last, store_in_cache
+from toka.kernels.triton.tuning import TABLE, capability_of
+from toka.kernels.triton.write_kv import as_stored, cache_place, candidates, dense_last, store_in_cache
 
 
 @triton.jit
@@ -103,16 +103,7 @@ def rope_write_kv_kernel(
         tl.store(turned_HF + HALF, second_HF.to(turned_ptr.dtype.element_ty), mask=mask_HF)
 
 
-def _candidates(capability: Capability, key: Key) -> list[LaunchParameters]:
-    """key: (head_dim,). The interpreter takes all heads at once, as it pays by the program."""
-    if capability == INTERPRETER:
-        return [LaunchParameters.of(4, 1, HEADS_BLOCK=16)]
-    return [
-        LaunchParameters.of(num_warps, 1, HEADS_BLOCK=heads) for num_warps, heads in ((4, 8), (4, 16), (2, 4), (1, 2))
-    ]
-
-
-TABLE.declare("rope_write_kv", _candidates)
+TABLE.declare("rope_write_kv", candidates)
 
 
 def rope_write_kv(
@@ -164,7 +155,7 @@ def rope_write_kv(
 
 
 def _compile_case(dtype: str, cache_dtype: str, slot_dtype: str, head_dim: int) -> CompileCase:
-    parameters = _candidates((9, 0), (head_dim,))[0]
+    parameters = candidates((9, 0), (head_dim,))[0]
     is_e4m3 = cache_dtype == "e4m3"
     stored = f"*{'u8' if is_e4m3 else cache_dtype}"
     constants = {

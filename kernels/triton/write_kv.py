@@ -109,7 +109,7 @@ def dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _candidates(capability: Capability, key: Key) -> list[LaunchParameters]:
+def candidates(capability: Capability, key: Key) -> list[LaunchParameters]:
     """key: (head_dim,). The interpreter takes all heads at once, as it pays by the program."""
     if capability == INTERPRETER:
         return [LaunchParameters.of(4, 1, HEADS_BLOCK=16)]
@@ -118,7 +118,7 @@ def _candidates(capability: Capability, key: Key) -> list[LaunchParameters]:
     ]
 
 
-TABLE.declare("write_kv", _candidates)
+TABLE.declare("write_kv", candidates)
 
 
 def write_kv(key_THD: Tensor, value_THD: Tensor, key_cache: Tensor, value_cache: Tensor, slots_T: Tensor) -> None:
@@ -148,7 +148,7 @@ def write_kv(key_THD: Tensor, value_THD: Tensor, key_cache: Tensor, value_cache:
 
 
 def _compile_case(dtype: str, cache_dtype: str, slot_dtype: str, head_dim: int) -> CompileCase:
-    parameters = _candidates((9, 0), (head_dim,))[0]
+    parameters = candidates((9, 0), (head_dim,))[0]
     is_e4m3 = cache_dtype == "e4m3"
     stored = f"*{'u8' if is_e4m3 else cache_dtype}"
     constants = {

@@ -24,7 +24,7 @@ INDUCTOR_OPTIONS: Mapping[str, object] = MappingProxyType(
     {
         "aot_inductor.package": True,
         "aot_inductor.compile_wrapper_opt_level": "O1",  # the wrapper only calls kernels: O3 adds seconds and gains nothing
-        "aot_inductor.precompile_headers": False,  # three regions do not win back what that costs
+        "aot_inductor.precompile_headers": False,  # they would be left behind outside of our cache directory
         "cpp.vec_isa_ok": True,  # what the processor says of itself is enough: no trial compilations
     }
 )

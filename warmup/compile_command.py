@@ -31,7 +31,7 @@ def run(flags: CompileFlags) -> int:
     with WarmupProgress(report) as progress, torch.no_grad():
         model = build_model(setup.spec, setup.dtype)
         graph = build_step_graph(model, setup.dtype, setup.config.block_size)
-        if flags.dump is not None:
+        if flags.dump is not None:  # traced for this alone: an artifact that is in the cache already has no graphs
             with progress.phase("dump"):
                 dump_passes(graph, setup, Path(flags.dump).expanduser())
         made = obtain_artifact(model, graph, setup, progress)

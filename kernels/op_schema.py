@@ -10,6 +10,11 @@ paged_attention: causal attention of query_THD [T, Hq, D] over the cache; return
     block_table int32 [max_rows, max_blocks]; rows_R int32 [R]; query_start int32 [R + 1]; seq_lens_R int32 [R] = tokens in the
     cache once this step's keys are written, so that the last query of row i stands at position seq_lens_R[i] - 1.
     sliding_window: 0 = off, w = a token sees the last w positions, itself included. Padded tokens get zeros.
+    Which rows share a prefix (all three or none; they never change the result, only who reads what how often; ignored under a sliding
+    window): shared_groups int32 [G, 5] = (level, first member, end of members, first position, end position), groups without members
+    last; members are shared_members int32 [N], places in the batch (i of rows_R) of rows with one query, which hold the same blocks for
+    the group's positions. The groups of a place tile the positions [0, shared_lens[place]), level by level; shared_lens int32
+    [at least R]. Positions are multiples of SHARED_PREFIX_STEP and leave each row its own query's at least.
 sample: draws one token id a row from logits_RV; returns int32 [R], and sets last_token[row] of every row >= 0. Tables of
     [max_rows]: temperature, top_p, min_p float32; top_k, held_back_until, last_token int32; seed int64;
     held_back_ids int32 [max_rows, 16]. The position of the token to be drawn is seq_lens_R[i]. See reference/sample.py.
@@ -28,6 +33,8 @@ sparse_logits: dot products of each hidden state with K rows of the head only: h
 from __future__ import annotations
 
 PANEL_WIDTH = 32
+SHARED_PREFIX_STEP = 64
+MAX_SHARED_LEVELS = 3
 
 SCHEMAS: dict[str, str] = {
     "write_kv": (
@@ -35,7 +42,8 @@ SCHEMAS: dict[str, str] = {
     ),
     "paged_attention": (
         "(Tensor query_THD, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor rows_R, Tensor query_start, "
-        "Tensor seq_lens_R, float scale, int sliding_window) -> Tensor"
+        "Tensor seq_lens_R, float scale, int sliding_window, Tensor? shared_groups=None, Tensor? shared_members=None, "
+        "Tensor? shared_lens=None) -> Tensor"
     ),
     "sample": (
         "(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "

@@ -12,7 +12,9 @@ using torch::stable::Tensor;
 void write_kv(Tensor key_THD, Tensor value_THD, Tensor key_cache, Tensor value_cache, Tensor slots_T);
 
 Tensor paged_attention(Tensor query_THD, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor rows_R,
-                       Tensor query_start, Tensor seq_lens_R, double scale, int64_t sliding_window);
+                       Tensor query_start, Tensor seq_lens_R, double scale, int64_t sliding_window,
+                       std::optional<Tensor> shared_groups, std::optional<Tensor> shared_members,
+                       std::optional<Tensor> shared_lens);
 
 Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p,
               Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token);

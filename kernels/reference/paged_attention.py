@@ -19,8 +19,14 @@ def paged_attention(
     seq_lens_R: Tensor,
     scale: float,
     sliding_window: int,
+    shared_groups: Tensor | None = None,
+    shared_members: Tensor | None = None,
+    shared_lens: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over the paged cache; shapes and dtypes as in op_schema.py. Tokens that no row owns get zeros."""
+    """Causal attention over the paged cache; shapes and dtypes as in op_schema.py. Tokens that no row owns get zeros.
+
+    What rows share is not used here: it says how attention may be computed, not what.
+    """
     out_THD = query_THD.new_zeros(query_THD.shape)
     starts = query_start.tolist()
     for i, (row, seq_len) in enumerate(zip(rows_R.tolist(), seq_lens_R.tolist(), strict=True)):

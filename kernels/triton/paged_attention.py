@@ -27,6 +27,9 @@ def paged_attention(
     seq_lens_R: Tensor,
     scale: float,
     sliding_window: int,
+    shared_groups: Tensor | None = None,
+    shared_members: Tensor | None = None,
+    shared_lens: Tensor | None = None,
 ) -> Tensor:
     """As `toka::paged_attention` (op_schema.py). Caches may have another dtype than the query, float8_e4m3fn too.
 

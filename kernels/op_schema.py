@@ -32,9 +32,10 @@ sparse_logits: dot products of each hidden state with K rows of the head only: h
 
 from __future__ import annotations
 
+from toka.plan import MAX_SHARED_LEVELS as MAX_SHARED_LEVELS
+from toka.plan import SHARED_PREFIX_STEP as SHARED_PREFIX_STEP
+
 PANEL_WIDTH = 32
-SHARED_PREFIX_STEP = 64
-MAX_SHARED_LEVELS = 3
 
 SCHEMAS: dict[str, str] = {
     "write_kv": (

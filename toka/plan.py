@@ -15,6 +15,9 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
+SHARED_PREFIX_STEP = 64  # positions where a group of rows that share a prefix may begin or end are multiples of it
+MAX_SHARED_LEVELS = 3  # groups that one row can be in
+
 
 @dataclass(frozen=True, slots=True)
 class RowSettings:
@@ -45,6 +48,20 @@ class BlockTableChanges:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPrefixPlan:
+    """Decode rows of a step that hold the same blocks, so that attention over these is computed once for all of them.
+
+    groups: int32 [G, 5], at least one: level, first member, end of members, first position, end position. members: int32 [N], the
+    places of the groups' rows in the batch. lens: int32 [D], one for each of the step's first D rows, which decode: the row's groups
+    tile the positions 0 .. lens[i] - 1, level by level. Positions are multiples of SHARED_PREFIX_STEP.
+    """
+
+    groups: I32
+    members: I32
+    lens: I32
+
+
+@dataclass(frozen=True, slots=True)
 class BatchPlan:
     """One step.
 
@@ -55,6 +72,7 @@ class BatchPlan:
     seq_lens[i] - 1 and its first at seq_lens[i] - (query_start[i + 1] - query_start[i]).
     samples: bool [R], whether the token drawn after row i's last token is wanted (False in the middle of a prefill).
     table, settings: changes of the tables on the device, applied in this order before the step runs.
+    shared: which rows share a prefix, None = none do. It never changes a result.
     """
 
     step: int
@@ -65,6 +83,7 @@ class BatchPlan:
     samples: npt.NDArray[np.bool_]
     table: BlockTableChanges
     settings: RowSettings
+    shared: SharedPrefixPlan | None = None
 
     @property
     def num_rows(self) -> int:

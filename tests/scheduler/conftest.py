@@ -19,12 +19,13 @@ import pytest
 
 from toka.messages import FinishReason, Submit, pack_tokens
 from toka.params import SamplingParams
-from toka.plan import BatchPlan, StepResult
+from toka.plan import MAX_SHARED_LEVELS, BatchPlan, SharedPrefixPlan, StepResult
 from toka.scheduler.admission import AdmissionPolicy
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.scheduler import Scheduler
 
 VOCAB = 23
+STEP = 2  # tokens; requests here are shorter than the real SHARED_PREFIX_STEP
 MASK = (1 << 64) - 1
 
 
@@ -256,6 +257,26 @@ class Simulation:
             slot = int(table.blocks[row, position // size]) * size + position % size
             assert slot not in self.written, "a slot is written twice while its block is leased"
             self.written.add(slot)
+        if plan.shared is not None:
+            self._check_groups(plan, plan.shared)
+
+    def _check_groups(self, plan: BatchPlan, shared: SharedPrefixPlan) -> None:
+        """Members hold the same blocks, and each row's groups tile its first positions, level by level."""
+        config, table, size = self.config, self.scheduler._table, self.config.block_size
+        assert config.use_hydragen and 0 < len(shared.groups) <= config.max_shared_groups
+        covered, levels = np.zeros(len(shared.lens), dtype=np.int32), np.zeros(len(shared.lens), dtype=np.int32)
+        end_of_members = 0
+        for level, start, stop, begin, end in shared.groups.tolist():
+            members = shared.members[start:stop]
+            assert start == end_of_members and stop - start >= config.hydragen_min_group_size
+            assert np.all(np.diff(plan.query_start)[members] == 1) and np.all(end < plan.seq_lens[members])
+            assert np.all(covered[members] == begin) and np.all(levels[members] == level) and begin < end
+            assert begin % STEP == end % STEP == begin % size == end % size == 0
+            blocks = table.blocks[plan.rows[members], begin // size : end // size]
+            assert np.all(blocks == blocks[0]), "a group's rows hold different blocks"
+            covered[members], levels[members], end_of_members = end, level + 1, stop
+        assert np.array_equal(covered, shared.lens) and end_of_members == len(shared.members)
+        assert levels.max() <= MAX_SHARED_LEVELS and shared.lens[levels > 0].min() >= config.hydragen_min_prefix_len
 
 
 def plan_bytes(plan: BatchPlan) -> bytes:
@@ -265,6 +286,8 @@ def plan_bytes(plan: BatchPlan) -> bytes:
     settings = plan.settings
     arrays += [settings.rows, settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.seed]
     arrays += [settings.held_back_ids, settings.held_back_until]
+    if plan.shared is not None:
+        arrays += [plan.shared.groups, plan.shared.members, plan.shared.lens]
     return plan.step.to_bytes(8, "little") + b"".join(a.tobytes() for a in arrays)
 
 
@@ -283,6 +306,9 @@ def random_walk(seed: int, num_events: int) -> Simulation:
         watermark=rng.choice([0.0, 0.01, 0.2]),
         admission=rng.choice(["forecast", "forecast", "when_free", "when_free", "reserve_max"]),
         track_early_stopping=rng.random() < 0.5,
+        use_hydragen=rng.random() < 0.5,
+        hydragen_min_group_size=rng.choice([2, 2, 3]),
+        hydragen_min_prefix_len=rng.choice([1, 8]),
     )
     config, limit = simulation.config, simulation.config.max_tokens_per_request
     common = [rng.randrange(VOCAB) for _ in range(limit)]
@@ -312,6 +338,11 @@ def random_walk(seed: int, num_events: int) -> Simulation:
     if config.admission == "reserve_max" or (config.admission == "forecast" and not config.track_early_stopping):
         assert simulation.scheduler.stats().preemptions_total == 0, "a block was missing that had been foreseen"
     return simulation
+
+
+@pytest.fixture(autouse=True)
+def short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toka.scheduler.hydragen.SHARED_PREFIX_STEP", STEP)
 
 
 @pytest.fixture

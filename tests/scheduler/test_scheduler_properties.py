@@ -51,6 +51,9 @@ def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
             watermark=st.sampled_from([0.0, 0.1]),
             admission=st.sampled_from(["forecast", "when_free", "reserve_max"]),
             track_early_stopping=st.booleans(),
+            use_hydragen=st.booleans(),
+            hydragen_min_group_size=st.integers(1, 3),
+            hydragen_min_prefix_len=st.sampled_from([1, 6]),
         )
         def start(self, **config: Any) -> None:
             self.simulation = new_simulation(**config)

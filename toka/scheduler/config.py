@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from toka.errors import ConfigError
+from toka.plan import MAX_SHARED_LEVELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,8 @@ class SchedulerConfig:
     for its prompt; "reserve_max": whoever fits if everybody ran to max_tokens at once.
     track_early_stopping: the forecast predicts output lengths from those seen; else it takes max_tokens and nobody is preempted.
     early_stopping_margin: standard deviations that a predicted length is longer than the mean.
+    use_hydragen: plans say which decode rows share a prefix. hydragen_min_group_size: rows that must share it.
+    hydragen_min_prefix_len: tokens that it must have.
     """
 
     num_blocks: int
@@ -39,6 +42,9 @@ class SchedulerConfig:
     admission: Literal["forecast", "when_free", "reserve_max"] = "forecast"
     track_early_stopping: bool = True
     early_stopping_margin: float = 0.25
+    use_hydragen: bool = False
+    hydragen_min_group_size: int = 32
+    hydragen_min_prefix_len: int = 256
 
     def __post_init__(self) -> None:
         for name in (
@@ -49,6 +55,8 @@ class SchedulerConfig:
             "max_seqs_per_forward",
             "steps_in_flight",
             "vocab_size",
+            "hydragen_min_group_size",
+            "hydragen_min_prefix_len",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -66,6 +74,11 @@ class SchedulerConfig:
     def max_rows(self) -> int:
         """Rows of the tables on host and device; twice max_running, so that draining rows do not keep new requests out."""
         return 2 * self.max_running
+
+    @property
+    def max_shared_groups(self) -> int:
+        """Groups of rows that share a prefix in one step; each level has max_running / hydragen_min_group_size at most."""
+        return MAX_SHARED_LEVELS * (self.max_running // self.hydragen_min_group_size) if self.use_hydragen else 0
 
     @property
     def max_tokens_per_request(self) -> int:

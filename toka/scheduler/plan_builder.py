@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import I32, I64, BatchPlan, BlockTableChanges, RowSettings
+from toka.plan import I32, I64, BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
 from toka.scheduler.batching import Chunk, DecodeSet, Filled, StepInFlight
 from toka.scheduler.request import Request
 from toka.scheduler.request_table import RequestTable
@@ -26,7 +26,13 @@ NO_SETTINGS = RowSettings(
 
 
 def build_decode_plan(
-    step: int, decodes: DecodeSet, seq_lens: I32, changes: BlockTableChanges, filled: Filled, epoch: int
+    step: int,
+    decodes: DecodeSet,
+    seq_lens: I32,
+    changes: BlockTableChanges,
+    filled: Filled,
+    shared: SharedPrefixPlan | None,
+    epoch: int,
 ) -> tuple[BatchPlan, StepInFlight]:
     """A step of decode rows alone: the arrays of the set as they are, plus seq_lens int32 [R]."""
     plan = BatchPlan(
@@ -38,6 +44,7 @@ def build_decode_plan(
         samples=decodes.samples,
         table=changes,
         settings=NO_SETTINGS,
+        shared=shared,
     )
     in_flight = StepInFlight(
         step=step,
@@ -61,6 +68,7 @@ def build_mixed_plan(
     changes: BlockTableChanges,
     settings: RowSettings,
     filled: Filled,
+    shared: SharedPrefixPlan | None,
     table: RequestTable,
 ) -> tuple[BatchPlan, StepInFlight]:
     """A step with prompt chunks after the decode rows (of which there may be none)."""
@@ -81,6 +89,7 @@ def build_mixed_plan(
         samples=samples,
         table=changes,
         settings=settings,
+        shared=shared,
     )
     in_flight = StepInFlight(
         step=step,

@@ -30,6 +30,7 @@ from toka.scheduler.admission import AdmissionPolicy, Load, policy_of
 from toka.scheduler.batching import NONE_FILLED, Chunk, DecodeSet, Filled, StepInFlight
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
+from toka.scheduler.hydragen import GroupFinder
 from toka.scheduler.outlook import Forecaster, HeadProspect, Newcomer, Outlook, RunningRows
 from toka.scheduler.outputs import TokenOutputs
 from toka.scheduler.plan_builder import (
@@ -86,6 +87,7 @@ class Scheduler:
         self._registrar = PrefixRegistrar(self._table, self._index, enabled=config.prefix_cache)
         self._pool = BlockPool(config.num_blocks, self._index)
         self._shared = SharedPrefixes(config.num_blocks, config.max_rows)
+        self._groups = GroupFinder(config, self._shared) if config.use_hydragen else None
         tracks = config.admission == "forecast" and config.track_early_stopping
         self._predictor = StopPredictor(config.early_stopping_margin) if tracks else None
         self._forecaster = Forecaster(config, self._table, self._shared, self._predictor)
@@ -149,11 +151,12 @@ class Scheduler:
             return None
         self._planned_step += 1
         step, merged, table = self._planned_step, merge_table_changes(changes), self._table
+        shared = None if self._groups is None else self._groups.groups(decodes)
         if chunks:
             settings = settings_of(admitted)
-            plan, in_flight = build_mixed_plan(step, decodes, seq_lens, chunks, merged, settings, filled, table)
+            plan, in_flight = build_mixed_plan(step, decodes, seq_lens, chunks, merged, settings, filled, shared, table)
         else:
-            plan, in_flight = build_decode_plan(step, decodes, seq_lens, merged, filled, table.epoch)
+            plan, in_flight = build_decode_plan(step, decodes, seq_lens, merged, filled, shared, table.epoch)
         self._in_flight.append(in_flight)
         self._end_or_decode(decodes, seq_lens, chunks)
         return plan

@@ -22,8 +22,9 @@ NO_RUN = -1
 
 @dataclass(slots=True)
 class _Run:
-    """num_blocks blocks that these rows hold, in the order in which they joined."""
+    """Blocks first_block .. first_block + num_blocks - 1 of each of these rows, in the order in which they joined."""
 
+    first_block: int
     num_blocks: int
     rows: dict[int, None]
 
@@ -38,7 +39,8 @@ class SharedPrefixes:
         self._runs_of_row: list[list[int]] = [[] for _ in range(max_rows)]
         self._next_run = 0
         self.num_shared_blocks = np.zeros(max_rows, dtype=np.int64)  # of each row, the blocks that are in runs
-        self._columns: _RunColumns | None = None  # made anew when asked for after a change
+        self._columns: RunColumns | None = None  # made anew when asked for after a change
+        self.version = 0  # changes whenever a run does
 
     def take(self, rows: Rows | int, blocks: I32) -> None:
         """Row rows[i] (or all of them the same) leased block blocks[i], which nobody held."""
@@ -46,30 +48,34 @@ class SharedPrefixes:
         self._row_of[blocks] = rows
 
     def join(self, row: int, blocks: I32, held: npt.NDArray[np.bool_]) -> None:
-        """The row leased these blocks of its prefix once more; held: whether others did already."""
+        """The row leased these blocks, its first ones, once more; held: whether others did already."""
         self.take(row, blocks[~held])
         shared = blocks[held]
         if not len(shared):
             return
-        self._columns = None
+        self._change()
         runs = self._run_of[shared]
         alike = np.where(runs == NO_RUN, -1 - self._row_of[shared], runs)  # a run, or below zero -1 - the row alone
-        bounds = [0, *(np.flatnonzero(np.diff(alike)) + 1).tolist(), len(shared)]
-        for start, stop in pairwise(bounds):
-            run = self._run_of_exactly(shared[start:stop], int(alike[start]))
+        places = np.flatnonzero(
+            held
+        )  # with a gap where the index knew another block of the same content, which nobody held
+        cuts = np.flatnonzero((np.diff(alike) != 0) | (np.diff(places) != 1)) + 1
+        for start, stop in pairwise([0, *cuts.tolist(), len(shared)]):
+            run = self._run_of_exactly(int(places[start]), shared[start:stop], int(alike[start]))
             self._add(run, row)
 
-    def _run_of_exactly(self, blocks: I32, alike: int) -> int:
+    def _run_of_exactly(self, first_block: int, blocks: I32, alike: int) -> int:
         """The run of these blocks that the same rows hold: as it is, split off, or new."""
         if alike >= 0 and self._runs[alike].num_blocks == len(blocks):
             return alike
         run, self._next_run = self._next_run, self._next_run + 1
         self._run_of[blocks] = run
-        self._runs[run] = _Run(len(blocks), {})
+        self._runs[run] = _Run(first_block, len(blocks), {})
         if alike < 0:
             self._add(run, -1 - alike)
         else:
             whole = self._runs[alike]
+            whole.first_block += len(blocks)  # what was found is the part nearer to the root
             whole.num_blocks -= len(blocks)
             self._runs[run].rows.update(whole.rows)
             for row in whole.rows:
@@ -85,7 +91,7 @@ class SharedPrefixes:
         """The row gives all its blocks back."""
         if not self._runs_of_row[row]:
             return
-        self._columns = None
+        self._change()
         for number in self._runs_of_row[row]:
             run = self._runs[number]
             del run.rows[row]
@@ -99,7 +105,7 @@ class SharedPrefixes:
 
         release_of_row: int64 [M].
         """
-        columns = self._run_columns()
+        columns = self.run_columns()
         if not len(columns.num_blocks):
             return columns.num_blocks, columns.num_blocks
         return columns.num_blocks, np.maximum.reduceat(release_of_row[columns.rows], columns.starts)
@@ -110,22 +116,37 @@ class SharedPrefixes:
         runs = self._run_of[blocks]
         shared = runs != NO_RUN
         if shared.any():
-            columns = self._run_columns()
+            columns = self.run_columns()
             places = np.searchsorted(columns.numbers, runs[shared])
             release[shared] = self.releases(release_of_row)[1][places]
         return release
 
-    def _run_columns(self) -> _RunColumns:
+    def run_before(self, row: int, block: int) -> int:
+        """The run of the row that ends where its block number `block` begins; NO_RUN if that is its first."""
+        for number in self._runs_of_row[row]:
+            run = self._runs[number]
+            if run.first_block + run.num_blocks == block:
+                return number
+        return NO_RUN
+
+    def run_columns(self) -> RunColumns:
+        """All runs, in the order of their numbers."""
         if self._columns is None:
             runs = self._runs.values()
             sizes = np.array([len(run.rows) for run in runs], dtype=np.int64)
-            self._columns = _RunColumns(
+            self._columns = RunColumns(
                 numbers=np.array(list(self._runs), dtype=np.int64),
+                first_blocks=np.array([run.first_block for run in runs], dtype=np.int64),
                 num_blocks=np.array([run.num_blocks for run in runs], dtype=np.int64),
+                sizes=sizes,
                 starts=np.cumsum(sizes) - sizes,
                 rows=np.array([row for run in runs for row in run.rows], dtype=np.intp),
             )
         return self._columns
+
+    def _change(self) -> None:
+        self._columns = None
+        self.version += 1
 
     def check_invariants(self, rows: list[int], blocks_of_rows: list[I32]) -> None:
         """Raise InvariantError unless runs and lone blocks are what these rows hold."""
@@ -148,10 +169,13 @@ class SharedPrefixes:
 
 
 @dataclass(frozen=True, slots=True)
-class _RunColumns:
-    """All runs as arrays. numbers, num_blocks, starts: int64 [S], rows[starts[i] : starts[i + 1]] hold run i; rows intp."""
+class RunColumns:
+    """All runs as arrays. numbers, first_blocks (place in their rows), num_blocks, sizes, starts: int64 [S]; the sizes[i] rows from
+    rows[starts[i]] on hold run i; rows intp."""
 
     numbers: I64
+    first_blocks: I64
     num_blocks: I64
+    sizes: I64
     starts: I64
     rows: Rows

@@ -59,7 +59,7 @@ def _states_of_splits(given: Sequence[SizedTensor], returned: Sequence[SizedTens
     """Decode attention keeps a state for each part that a row's keys are cut into. Without a window, which would cut fewer."""
     from toka.kernels.triton import attention_tile, decode_attention  # import Triton, which takes its time
 
-    query, keys, values, table, rows, starts, lens = (
+    query, keys, values, table, rows, starts, lens, *_ = (
         torch.empty(each.shape, dtype=each.dtype, device="meta") for each in given
     )
     problem = attention_tile.Problem(query, keys, values, table, rows, starts, lens, scale=1.0, window=0)

@@ -16,7 +16,7 @@ from toka.errors import InvariantError
 
 # Sizes that stand in for symbolic ones while tracing. They are larger than 1, since a size of 0 or 1 would be taken for a constant, and
 # all different, so that two symbols are never taken for one.
-_TRACE_SIZES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+_TRACE_SIZES = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59)
 
 
 class _WithParametersAsInputs(nn.Module):

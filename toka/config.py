@@ -84,9 +84,13 @@ class Config:
         True,
         "predict output lengths from those seen, and admit as many requests as then fit; F: as many as fit if all run to max_tokens",
     )
-    use_hydragen: bool = flag(False, "compute attention over shared prefixes once per group; not built yet")
-    hydragen_min_group_size: int = flag(
-        32, "with use_hydragen: smallest group that shares a prefix's attention", "requests"
+    use_hydragen: bool | None = flag(
+        None, "compute attention over a shared prefix once for all requests that decode after it; None: on CPU yes"
+    )
+    hydragen_min_group_size: int | None = flag(
+        None,
+        "with use_hydragen: smallest group that shares a prefix's attention; None: 8 on CPU, 32 on CUDA",
+        "requests",
     )
     hydragen_min_prefix_len: int = flag(256, "with use_hydragen: shortest prefix whose attention is shared", "tokens")
     stop_string_num_token_lookback: int = flag(
@@ -173,8 +177,6 @@ class Config:
         for name in ("dp_size", "pp_size", "tp_size"):
             if getattr(self, name) != 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: this version of toka runs on one rank; set {name}=1")
-        if self.use_hydragen:
-            raise ConfigError("use_hydragen=T: not built in this version of toka; leave the flag out")
         if self.async_tp_threshold is not None:
             raise ConfigError(
                 "async_tp_threshold: needs tensor parallelism, which this version of toka lacks; leave the flag out"
@@ -247,6 +249,9 @@ class ResolvedConfig:
     max_context_tokens: int
     steps_in_flight: int
     track_early_stopping: bool
+    use_hydragen: bool
+    hydragen_min_group_size: int
+    hydragen_min_prefix_len: int
     torch_compile: bool
     artifact_path: Path | None
     batch_invariant: bool
@@ -298,6 +303,9 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
         max_context_tokens=context,
         steps_in_flight=1 + config.scheduling_steps_ahead,
         track_early_stopping=config.track_early_stopping,
+        use_hydragen=on_cpu if config.use_hydragen is None else config.use_hydragen,
+        hydragen_min_group_size=config.hydragen_min_group_size or (8 if on_cpu else 32),
+        hydragen_min_prefix_len=config.hydragen_min_prefix_len,
         torch_compile=config.torch_compile,
         artifact_path=None if config.artifact is None else Path(config.artifact).expanduser().absolute(),
         batch_invariant=bool(config.batch_invariant),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import BatchPlan, BlockTableChanges, RowSettings
+from toka.plan import SHARED_PREFIX_STEP, BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
 from toka.runner.model_runner import ModelRunner
 from toka.runner.step_buffers import Bucket
 
@@ -59,6 +60,34 @@ def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: boo
         samples=samples,
         table=table,
         settings=_settings(rows, sampled),
+    )
+
+
+def shared_prefix_plan(num_rows: int, num_blocks: int, block_size: int) -> BatchPlan:
+    """As `dummy_plan`: a step in which all rows decode their first token after a prefix that they share."""
+    end = math.lcm(SHARED_PREFIX_STEP, block_size)
+    rows, width = np.arange(num_rows, dtype=np.int32), end // block_size + 1
+    blocks = np.tile(np.arange(width, dtype=np.int32), (num_rows, 1))
+    blocks[:, -1] += rows
+    members = np.arange(num_rows, dtype=np.int32)
+    return BatchPlan(
+        step=-1,
+        rows=rows,
+        query_start=np.arange(num_rows + 1, dtype=np.int32),
+        token_ids=rows % 97,
+        seq_lens=np.full(num_rows, end + 1, dtype=np.int32),
+        samples=np.ones(num_rows, dtype=np.bool_),
+        table=BlockTableChanges(
+            rows=np.repeat(rows, width),
+            columns=np.tile(np.arange(width, dtype=np.int32), num_rows),
+            blocks=blocks.reshape(-1) % np.int32(num_blocks),
+        ),
+        settings=_settings(rows, sampled=True),
+        shared=SharedPrefixPlan(
+            groups=np.array([[0, 0, num_rows, 0, end]], dtype=np.int32),
+            members=members,
+            lens=np.full(num_rows, end, dtype=np.int32),
+        ),
     )
 
 

@@ -25,6 +25,7 @@ from toka.devices import KNOWN_DEVICES, KnownDevice, PlanFlags
 from toka.errors import ConfigError
 from toka.model_source import locate_configuration
 from toka.models.registry import build_model
+from toka.plan import MAX_SHARED_LEVELS
 from toka.runner.model_runner import RunnerSizes
 from toka.runner.step_program import build_step_graph, kv_cache_shape
 from toka.warmup import memory
@@ -182,6 +183,9 @@ def step_sizes(sizes: RunnerSizes) -> dict[str, int]:
         "M": sizes.max_table_rows,
         "W": sizes.max_blocks_per_row,
         "B": 1,
+        "G": sizes.max_shared_groups + 1,
+        "N": MAX_SHARED_LEVELS * sizes.max_rows,
+        "X": sizes.max_rows,
     }
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from toka.compile.compiled_model import CompiledModel
 from toka.models.decoder import CausalLM
 from toka.models.registry import build_model
-from toka.plan import BatchPlan
+from toka.plan import SHARED_PREFIX_STEP, BatchPlan
 from toka.runner.kv_cache import KVCache, KVCacheShape
 from toka.runner.model_runner import ModelRunner
 from toka.runner.step_buffers import Bucket
@@ -91,17 +91,27 @@ def _bind_weights(
 def _measure(
     runner: ModelRunner, shape: KVCacheShape, setup: EngineSetup, progress: WarmupProgress
 ) -> tuple[memory.StepMemory, float]:
-    """Run the largest step whole on a small cache; returns what it needed beside weights and cache, and its seconds."""
-    bucket = next(coverage.buckets(runner))
-    num_blocks = bucket.num_rows + -(-bucket.num_tokens // setup.config.block_size)
+    """Run the largest step whole on a small cache; returns what it needed beside weights and cache, and the seconds it took.
+
+    Before it, where rows may share a prefix, the largest step of such rows: kernels then need room that no other step asks for.
+    """
+    bucket, block_size = next(coverage.buckets(runner)), setup.config.block_size
+    num_blocks = bucket.num_rows + -(-bucket.num_tokens // block_size) + SHARED_PREFIX_STEP
+    plans = [coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True)]
+    if runner.sizes.max_shared_groups and runner.sizes.max_blocks_per_row * block_size > 2 * SHARED_PREFIX_STEP:
+        plans.insert(0, coverage.shared_prefix_plan(runner.sizes.max_rows, num_blocks, block_size))
+
+    def run_all() -> None:
+        for plan in plans:
+            runner.run(plan)
+
     cache = KVCache(shape, num_blocks, setup.device)
     for tensor in (*cache.keys, *cache.values):
         tensor.zero_()  # pages first written during the step would be taken for its workspace
     runner.attach(cache)
     with progress.phase("measure"):
-        plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=True)
         began = time.perf_counter()
-        step = memory.measure_step(lambda: runner.run(plan), setup.device)
+        step = memory.measure_step(run_all, setup.device)
     return step, time.perf_counter() - began
 
 

@@ -44,6 +44,7 @@ class EngineSetup:
             max_captured_tokens=self.config.max_captured_tokens,
             token_step=self.config.token_step,
             max_in_flight=self.config.steps_in_flight,
+            max_shared_groups=self.limits.max_shared_groups,
         )
 
 
@@ -65,6 +66,9 @@ def settle(config: Config, source: ModelSource, device: DeviceFacts | None = Non
         prefix_cache=resolved.prefix_cache,
         steps_in_flight=resolved.steps_in_flight,
         track_early_stopping=resolved.track_early_stopping,
+        use_hydragen=resolved.use_hydragen,
+        hydragen_min_group_size=resolved.hydragen_min_group_size,
+        hydragen_min_prefix_len=resolved.hydragen_min_prefix_len,
         vocab_size=spec.vocab_size,
     )
     return EngineSetup(spec, resolved, limits)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from toka.kernels.op_schema import SCHEMAS
 from toka.model_source import ModelSource
 from toka.models.registry import build_model
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import BatchPlan, BlockTableChanges, RowSettings
+from toka.plan import BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
 from toka.runner.kv_cache import KVCache
 from toka.runner.model_runner import ModelRunner
 from toka.runner.step_program import build_step_graph, kv_cache_shape, step_parameters
@@ -165,6 +165,31 @@ def test_a_cached_prefix_is_as_good_as_new(runner: ModelRunner, alone: Tensor, n
     logits(runner, [Part(9, PROMPT, 0, num_cached, range(20, 28))])  # another request that began alike
     shared = [*range(20, 20 + num_cached // BLOCK_SIZE), *range(60, 68)]
     assert torch.equal(logits(runner, [Part(4, PROMPT, num_cached, len(PROMPT), shared)])[4], alone)
+
+
+@pytest.mark.parametrize("num_sharing", [2, 5, 30])
+def test_attention_over_a_shared_prefix_changes_nothing(runner: ModelRunner, num_sharing: int) -> None:
+    """Rows with 64 tokens in common and tails of their own decode as a group, beside a row that decodes alone and one that prefills."""
+    common, shared_blocks = [3 + 7 * i % 300 for i in range(64)], list(range(64 // BLOCK_SIZE))
+    prompts = {row: [*common, *[9 + row] * (2 + row % 4)] for row in range(num_sharing)}
+    alone = {row: logits(runner, [whole(row, prompt, 0)])[row] for row, prompt in prompts.items()}
+
+    lone, prefilling = PROMPT, whole(36, [5] * 20, 240)
+    blocks = {row: [*shared_blocks, 100 + 2 * row, 101 + 2 * row] for row in prompts}
+    logits(runner, [Part(0, prompts[0], 0, 64, blocks[0])])
+    for row, prompt in prompts.items():
+        logits(runner, [Part(row, prompt, 64, len(prompt) - 1, blocks[row])])
+    logits(runner, [Part(35, lone, 0, 60, range(200, 208))])
+    decodes = [Part(row, prompt, len(prompt) - 1, len(prompt), blocks[row]) for row, prompt in prompts.items()]
+    decodes.insert(num_sharing // 2, Part(35, lone, 60, 61, range(200, 208)))
+    members = [place for place, part in enumerate(decodes) if part.row != 35]
+    shared = SharedPrefixPlan(
+        groups=np.array([[0, 0, len(members), 0, 64]], dtype=np.int32),
+        members=np.array(members, dtype=np.int32),
+        lens=np.array([64 * (part.row != 35) for part in decodes], dtype=np.int32),
+    )
+    runner.run(replace(_plan([*decodes, prefilling]), shared=shared))
+    assert all(torch.equal(_logits[row], expected) for row, expected in alone.items())
 
 
 def test_every_bucket_gives_the_same(runner: ModelRunner, alone: Tensor) -> None:

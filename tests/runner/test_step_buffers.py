@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import BatchPlan, BlockTableChanges, RowSettings
+from toka.plan import BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
 from toka.runner.device_tables import DeviceTables
 from toka.runner.step_buffers import Bucket, StepBuffers
 
@@ -72,6 +72,9 @@ def test_fill_pads_to_the_bucket() -> None:
         "sample_rows": [5, 2, -1, -1],
         "sample_seq_lens": [7, 10, 0, 0],
         "sample_query_start": [0, 1, 2, 2, 2],
+        "shared_groups": [[0, 0, 0, 0, 0]],
+        "shared_members": [0],
+        "shared_lens": [0] * 8,
     }
 
 
@@ -84,6 +87,21 @@ def test_a_smaller_step_leaves_nothing_of_the_larger_before_it() -> None:
     assert inputs["rows"].tolist() == [1, -1]
     assert inputs["query_start"].tolist() == [0, 1, 1]
     assert inputs["sample_rows"].tolist() == [1, -1]
+
+
+def test_groups_of_shared_prefixes_come_with_their_step_only() -> None:
+    buffers = StepBuffers(16, 8, device_tables(), CPU, max_shared_groups=2, max_shared_members=6)
+    shared = SharedPrefixPlan(
+        groups=np.array([[0, 0, 2, 0, 64], [1, 2, 4, 64, 128]], dtype=np.int32),
+        members=int32(0, 1, 0, 1),
+        lens=int32(128, 128),
+    )
+    with_groups = buffers.fill(dataclasses.replace(plan(), shared=shared), Bucket(8, 5, 4))
+    assert with_groups["shared_groups"].tolist() == [[0, 0, 2, 0, 64], [1, 2, 4, 64, 128], [0] * 5]
+    assert with_groups["shared_members"].tolist()[:4] == [0, 1, 0, 1]
+    assert with_groups["shared_lens"].tolist() == [128, 128, 0, 0, 0, 0, 0, 0]
+    without = buffers.fill(plan(), Bucket(8, 5, 4))
+    assert without["shared_groups"].tolist()[0] == [0] * 5 and not any(without["shared_lens"].tolist())
 
 
 def test_buffers_never_move() -> None:

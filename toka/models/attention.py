@@ -54,6 +54,9 @@ class Attention(nn.Module):
             inputs.seq_lens_R,
             self.scale,
             self.sliding_window,
+            inputs.shared_groups_G5,
+            inputs.shared_members_N,
+            inputs.shared_lens_X,
         )
         output_TC: Tensor = self.o_proj(attended_THD.flatten(1))
         return output_TC

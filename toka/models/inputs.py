@@ -25,6 +25,7 @@ class ForwardInputs(NamedTuple):
     rows_R: the rows of the step, int32; -1 for padding.
     query_start: row i owns tokens query_start[i] .. query_start[i + 1] - 1, int32 [R + 1].
     seq_lens_R: tokens of each row in the cache once the step has written its keys, int32.
+    shared_groups_G5, shared_members_N, shared_lens_X: which rows share a prefix, int32, as in kernels/op_schema.py; None = nothing known.
     """
 
     positions_T: Tensor
@@ -33,3 +34,6 @@ class ForwardInputs(NamedTuple):
     rows_R: Tensor
     query_start: Tensor
     seq_lens_R: Tensor
+    shared_groups_G5: Tensor | None = None
+    shared_members_N: Tensor | None = None
+    shared_lens_X: Tensor | None = None

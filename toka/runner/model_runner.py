@@ -12,7 +12,7 @@ import torch
 from toka.compile.bucket import bucket_of, ladder
 from toka.compile.capture import Capturer, Replay
 from toka.compile.compiled_model import CompiledModel
-from toka.plan import BatchPlan, StepResult
+from toka.plan import MAX_SHARED_LEVELS, BatchPlan, StepResult
 from toka.runner.device_tables import DeviceTables
 from toka.runner.kv_cache import KVCache
 from toka.runner.step_buffers import Bucket, StepBuffers
@@ -26,7 +26,7 @@ class RunnerSizes:
 
     max_captured_tokens: steps of up to so many tokens are captured whole, so their sizes follow from their number of tokens alone;
     0 = none is. token_step: buckets of tokens are multiples of it, below it powers of two; 0 = the usual ladder. max_in_flight: steps
-    launched before the first one's result is read.
+    launched before the first one's result is read. max_shared_groups: groups of rows that share a prefix, in one step.
     """
 
     max_tokens: int
@@ -36,6 +36,7 @@ class RunnerSizes:
     max_captured_tokens: int = 0
     token_step: int = 0
     max_in_flight: int = 2
+    max_shared_groups: int = 0
 
     def token_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that steps are padded to, ascending."""
@@ -62,7 +63,15 @@ class RunnerSizes:
 
     def buffers(self, tables: DeviceTables, device: torch.device) -> StepBuffers:
         """The step's inputs on the device."""
-        return StepBuffers(self.max_tokens, self.max_rows, tables, device, depth=self.max_in_flight)
+        return StepBuffers(
+            self.max_tokens,
+            self.max_rows,
+            tables,
+            device,
+            max_shared_groups=self.max_shared_groups,
+            max_shared_members=MAX_SHARED_LEVELS * self.max_rows,
+            depth=self.max_in_flight,
+        )
 
 
 class PendingStep:

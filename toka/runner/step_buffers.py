@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from toka.plan import BatchPlan
+from toka.plan import BatchPlan, SharedPrefixPlan
 from toka.runner.device_tables import DeviceTables
 from toka.runner.staging import ArraySpec, Staging
 
 PADDING_ROW = -1
+NONE_SHARED = SharedPrefixPlan(
+    groups=np.empty((0, 5), dtype=np.int32), members=np.empty(0, dtype=np.int32), lens=np.empty(0, dtype=np.int32)
+)
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,38 @@ class StepBuffers:
 
     token_ids, token_rows, positions [T]; rows, seq_lens [R]; query_start [R + 1];
     sample_index [S] (place of the token in the batch whose successor is drawn), sample_rows, sample_seq_lens [S];
-    sample_query_start [S + 1] (query_start for these tokens alone, one a row).
-    Padding: tokens have row -1, rows are -1 with no tokens, samples have row -1.
+    sample_query_start [S + 1] (query_start for these tokens alone, one a row);
+    shared_groups [G, 5], shared_members [N], shared_lens [max_rows]: which rows share a prefix, as in plan.SharedPrefixPlan; of one size
+    for all buckets.
+    Padding: tokens have row -1, rows are -1 with no tokens, samples have row -1; groups have no members.
 
-    depth: steps that the host may write before the device has read the first of them.
+    max_shared_groups, max_shared_members: of one step. depth: steps that the host may write before the device has read the
+    first of them.
     """
 
-    def __init__(self, max_tokens: int, max_rows: int, tables: DeviceTables, device: torch.device, depth: int = 2):
+    def __init__(
+        self,
+        max_tokens: int,
+        max_rows: int,
+        tables: DeviceTables,
+        device: torch.device,
+        *,
+        max_shared_groups: int = 0,
+        max_shared_members: int = 1,
+        depth: int = 2,
+    ):
         sizes = {
             **dict.fromkeys(("token_ids", "token_rows", "positions"), max_tokens),
             **dict.fromkeys(("rows", "seq_lens", "sample_index", "sample_rows", "sample_seq_lens"), max_rows),
             **dict.fromkeys(("query_start", "sample_query_start"), max_rows + 1),
         }
-        step = {name: ArraySpec(torch.int32, size) for name, size in sizes.items()}
+        # One group more than there can be, so that one without members always ends the list.
+        self._shared = {
+            "shared_groups": ArraySpec(torch.int32, max_shared_groups + 1, (5,)),
+            "shared_members": ArraySpec(torch.int32, max_shared_members),
+            "shared_lens": ArraySpec(torch.int32, max_rows),
+        }
+        step = {**{name: ArraySpec(torch.int32, size) for name, size in sizes.items()}, **self._shared}
         self._tables = tables
         self._staging = Staging({**step, **tables.staged_arrays()}, device, depth)
         self._counting = np.arange(max_rows + 1, dtype=np.int32)
@@ -86,6 +108,10 @@ class StepBuffers:
         write("sample_rows", plan.rows[plan.samples], bucket.num_samples, PADDING_ROW)
         write("sample_query_start", self._counting[: num_samples + 1], bucket.num_samples + 1, num_samples)
         write("sample_seq_lens", plan.seq_lens[plan.samples], bucket.num_samples, 0)
+        shared = NONE_SHARED if plan.shared is None else plan.shared
+        write("shared_groups", shared.groups, len(shared.groups) + 1, 0)
+        write("shared_members", shared.members)
+        write("shared_lens", shared.lens, self._shared["shared_lens"].size, 0)
 
     def _views_of(self, bucket: Bucket) -> dict[str, torch.Tensor]:
         sizes = {
@@ -94,6 +120,7 @@ class StepBuffers:
             **dict.fromkeys(("sample_index", "sample_rows", "sample_seq_lens"), bucket.num_samples),
             "query_start": bucket.num_rows + 1,
             "sample_query_start": bucket.num_samples + 1,
+            **{name: spec.size for name, spec in self._shared.items()},
         }
         return {name: self._view(name, size) for name, size in sizes.items()}
 

@@ -6,7 +6,8 @@
 last layer, the final norm, the LM head and the sampler. Of the last layer most rows need no more than their keys and values: its
 module computes them all and then keeps those whose successor is drawn, and the compiler drops the rest (passes/select_rows.py).
 
-Legend: T tokens, R rows, S samples, M rows of the request table, W blocks a row, B KV blocks, C hidden, D head dim, F = D / 2.
+Legend: T tokens, R rows, S samples, M rows of the request table, W blocks a row, B KV blocks, C hidden, D head dim, F = D / 2,
+G groups of rows that share a prefix, N members of all groups, X rows that may be members; a step has always as many as there can be.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ class Last(nn.Module):
         rows_R: Tensor,
         query_start: Tensor,
         seq_lens_R: Tensor,
+        shared_groups_G5: Tensor,
+        shared_members_N: Tensor,
+        shared_lens_X: Tensor,
         sample_index_S: Tensor,
         sample_rows_S: Tensor,
         sample_query_start: Tensor,
@@ -97,7 +101,8 @@ class Last(nn.Module):
         last_token_M: Tensor,
         *settings: Tensor,
     ) -> tuple[Tensor]:
-        inputs = ForwardInputs(positions_T, slots_T, block_table_MW, rows_R, query_start, seq_lens_R)
+        shared = (shared_groups_G5, shared_members_N, shared_lens_X)
+        inputs = ForwardInputs(positions_T, slots_T, block_table_MW, rows_R, query_start, seq_lens_R, *shared)
         hidden_TC = self.layer(hidden_TC, Rope(cos_TF, sin_TF), inputs, (key_cache, value_cache))
         logits_SV = self.head(self.norm(hidden_TC[sample_index_S]))
         return (torch.ops.toka.sample(logits_SV, sample_rows_S, sample_seq_lens_S, *settings, last_token_M),)
@@ -177,6 +182,9 @@ def _layer_inputs(model: CausalLM, dtype: torch.dtype, block_size: int) -> tuple
         ("rows", TensorSpec(_INT, ("R",))),
         ("query_start", TensorSpec(_INT, ("Q",))),  # Q = R + 1, which nothing in the graph needs to know
         ("seq_lens", TensorSpec(_INT, ("R",))),
+        ("shared_groups", TensorSpec(_INT, ("G", 5))),
+        ("shared_members", TensorSpec(_INT, ("N",))),
+        ("shared_lens", TensorSpec(_INT, ("X",))),
     )
 
 
@@ -247,5 +255,6 @@ def _model_name(parameter: str, layer: int, model: CausalLM) -> str:
 def _step_inputs(model: CausalLM) -> tuple[str, ...]:
     caches = [f"{kind}_cache.{layer}" for layer in range(len(model.layers)) for kind in ("key", "value")]
     step = ("token_ids", "token_rows", "positions", "rows", "query_start", "seq_lens")
+    shared = ("shared_groups", "shared_members", "shared_lens")
     samples = ("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens")
-    return (*step, *samples, "block_table", "last_token", *SETTINGS, *caches)
+    return (*step, *shared, *samples, "block_table", "last_token", *SETTINGS, *caches)

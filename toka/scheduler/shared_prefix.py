@@ -8,7 +8,7 @@ and makes new ones of blocks that one row held alone so far. The cost is that of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -140,7 +140,7 @@ class SharedPrefixes:
                 num_blocks=np.array([run.num_blocks for run in runs], dtype=np.int64),
                 sizes=sizes,
                 starts=np.cumsum(sizes) - sizes,
-                rows=np.array([row for run in runs for row in run.rows], dtype=np.intp),
+                rows=np.fromiter(chain.from_iterable(run.rows for run in runs), dtype=np.intp, count=int(sizes.sum())),
             )
         return self._columns
 

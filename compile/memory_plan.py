@@ -57,13 +57,13 @@ Workspace = Callable[[Sequence[SizedTensor], Sequence[SizedTensor]], int]
 
 def _states_of_splits(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
     """Decode attention keeps a state for each part that a row's keys are cut into. Without a window, which would cut fewer."""
-    from toka.kernels.triton import attention_tile, decode_attention  # import Triton, which takes its time
+    from toka.kernels.triton import attention_states, attention_tile  # import Triton, which takes its time
 
-    query, keys, values, table, rows, starts, lens, *_ = (
+    query, keys, values, table, rows, starts, lens, *shared = (
         torch.empty(each.shape, dtype=each.dtype, device="meta") for each in given
     )
-    problem = attention_tile.Problem(query, keys, values, table, rows, starts, lens, scale=1.0, window=0)
-    return decode_attention.workspace_bytes(problem)
+    problem = attention_tile.Problem(query, keys, values, table, rows, starts, lens, 1.0, 0, *shared)
+    return attention_states.states_of(problem, torch.device("meta")).num_bytes
 
 
 def _lists_of_the_sampler(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:

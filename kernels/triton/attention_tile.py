@@ -1,4 +1,4 @@
-"""What the decode and the prefill kernel share: finding a row, walking over its keys, and the description of a problem.
+"""What the attention kernels share: finding a row, walking over its keys, and the description of a problem.
 
 Legend: M rows of a tile, one query head of one query token each; N keys of a tile; D head dim, padded to a power of two; R the step's
 rows, padded. All query heads of one KV head (the *group*) go into one tile, so that keys and values are read once for them:
@@ -81,9 +81,9 @@ def attend_keys(
 ):
     """Add the keys at positions begin .. end - 1 to a tile's state: weighted values, largest score and sum of weights, all float32.
 
-    Scores have base 2. key_ptr, value_ptr: one KV head of block 0. blocks_ptr: the row's line of the block table. begin: a multiple
-    of BLOCK_N. MASKED: keys after a query's position, before its window, before first_visible or from `end` on are left out (and not
-    read); else all queries see all keys, and `end` is a multiple of BLOCK_N.
+    Scores have base 2. key_ptr, value_ptr: one KV head of block 0. blocks_ptr: the row's line of the block table. MASKED: keys after a
+    query's position, before its window, before first_visible or from `end` on are left out (and not read); else all queries see all
+    keys, which are a multiple of BLOCK_N.
     """
     dim_D = tl.arange(0, DIM_BLOCK)
     in_head_D = dim_D < HEAD_DIM
@@ -140,6 +140,9 @@ class Problem:
     seq_lens_R: Tensor
     scale: float
     window: int
+    shared_groups: Tensor | None = None
+    shared_members: Tensor | None = None
+    shared_lens: Tensor | None = None
 
     def __post_init__(self) -> None:
         caches = (self.key_cache, self.value_cache)
@@ -149,10 +152,16 @@ class Problem:
             )
         if self.query_THD.stride(2) != 1 or any(cache.stride(3) != 1 for cache in caches):
             raise InvariantError("paged_attention: the numbers of one head must lie side by side")
-        if any(
-            table.dtype != torch.int32 for table in (self.block_table, self.rows_R, self.query_start, self.seq_lens_R)
-        ):
-            raise InvariantError("paged_attention: block_table, rows, query_start and seq_lens must be int32")
+        tables = (self.block_table, self.rows_R, self.query_start, self.seq_lens_R)
+        shared = [x for x in (self.shared_groups, self.shared_members, self.shared_lens) if x is not None]
+        if len(shared) not in (0, 3):
+            raise InvariantError("paged_attention: shared_groups, shared_members and shared_lens go together")
+        if any(table.dtype != torch.int32 for table in (*tables, *shared)):
+            raise InvariantError(
+                "paged_attention: block_table, rows, query_start, seq_lens and what rows share must be int32"
+            )
+        if not all(table.is_contiguous() for table in shared):
+            raise InvariantError("paged_attention: what rows share must lie side by side")
 
     @property
     def num_tokens(self) -> int:
@@ -188,6 +197,13 @@ class Problem:
         return self.block_table.shape[1] * self.block_size
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether there is room for groups of rows that share positions (the last line holds none), and no window, under which they
+        are ignored.
+        """
+        return self.shared_groups is not None and self.shared_groups.shape[0] > 1 and self.window == 0
+
+    @property
     def capability(self) -> Capability:
         return capability_of(self.query_THD.device)
 
@@ -197,7 +213,7 @@ class Problem:
         return self.head_dim, self.group, dtype_name(self.query_THD.dtype), dtype_name(self.key_cache.dtype)
 
     def arguments(self) -> dict[str, Any]:
-        """What both kernels take. WIDE: products in float32, since Triton's interpreter can't multiply bfloat16."""
+        """What the kernels take. WIDE: products in float32, since Triton's interpreter can't multiply bfloat16."""
         fp8_bits = self.key_cache.dtype == torch.float8_e4m3fn and self.capability < NATIVE_FP8
         key_cache, value_cache = self.key_cache, self.value_cache
         if fp8_bits:
@@ -234,8 +250,11 @@ class Problem:
 
 
 # Not specialised on, since they change from bucket to bucket: else serving would meet variants that warmup has not compiled.
-UNSPECIALISED = ("num_rows", "num_tokens")
-ANY_ALIGNMENT = ("block_table_ptr", "rows_ptr", "query_start_ptr", "seq_lens_ptr")
+UNSPECIALISED = ("num_rows", "num_tokens", "num_groups")
+ANY_ALIGNMENT = (
+    *("block_table_ptr", "rows_ptr", "query_start_ptr", "seq_lens_ptr"),
+    *("groups_ptr", "members_ptr", "shared_lens_ptr"),
+)
 
 
 def rows_block(num_rows: int) -> int:

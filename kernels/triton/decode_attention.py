@@ -1,21 +1,23 @@
 """Attention of rows with one query (decode): keys cut into splits, one program each, and the splits' states joined by a second kernel.
 
-Legend: M heads of a group, padded; D head dim, padded; R the step's rows, padded.
+Legend: M heads of a group, padded; D head dim, padded; R the step's rows, padded; P parts of a row that are joined at once.
 
 Where the cuts are depends on the row's own length and on constants only: splits begin at multiples of SPLIT_TOKENS and are SPLIT_TOKENS
 long, or the smallest multiple with which the row has no more than max_splits. So a row's order of summation never depends on what
-runs beside it. Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
+runs beside it, unless groups of rows share a prefix: then the splits begin where the shared positions end, and the groups' states
+(shared_attention.py) are joined with theirs. Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from toka.kernels.op_schema import MAX_SHARED_LEVELS, SHARED_PREFIX_STEP
+from toka.kernels.triton.attention_states import SPLIT_TOKENS, States
 from toka.kernels.triton.attention_tile import (
     ANY_ALIGNMENT,
     UNSPECIALISED,
@@ -27,27 +29,25 @@ from toka.kernels.triton.attention_tile import (
     shared_bytes,
 )
 from toka.kernels.triton.merge_attention import PARAMETERS as MERGE_PARAMETERS
-from toka.kernels.triton.merge_attention import merge_parts
+from toka.kernels.triton.merge_attention import add_parts, joined
 from toka.kernels.triton.tuning import INTERPRETER, TABLE, Capability, Key, LaunchParameters
 
 KERNEL = "decode_attention"
-SPLIT_TOKENS = 256
-MAX_SPLITS = 64  # of one row: fills a large device even with one row and few KV heads
-MIN_SPLITS_CAP = 8
-WORKSPACE_BYTES = 256 << 20  # what the states of all rows may take; with more rows and heads there are fewer splits
 # As many as surely fit one at once: they share the items evenly, so a program that has to wait for another would double the time.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 MAX_REGISTERS = 255  # of a thread; a multiprocessor has 2**16
 MIN_TILE_ROWS = 16  # what tensor cores multiply at once
+LEVELS = tl.constexpr(MAX_SHARED_LEVELS)
+STEP = tl.constexpr(SHARED_PREFIX_STEP)
 
 
 @triton.jit
-def split_plan(seq_len, WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """First position, tokens a split, and number of splits of a row (or of many) of at least one token."""
-    first = seq_len * 0
+def split_plan(shared_len, seq_len, WINDOW: tl.constexpr, SPLIT_TOKENS: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """First position, tokens a split, and number of splits (at least one) of a row or of many. shared_len: 0 under a window."""
+    first = shared_len
     if WINDOW > 0:
         first = tl.maximum(seq_len - WINDOW, 0) // SPLIT_TOKENS * SPLIT_TOKENS
-    length = seq_len - first
+    length = tl.maximum(seq_len - first, 1)
     tokens = tl.cdiv(tl.cdiv(length, MAX_SPLITS), SPLIT_TOKENS) * SPLIT_TOKENS
     return first, tokens, tl.cdiv(length, tokens)
 
@@ -64,6 +64,7 @@ def decode_attention_kernel(
     rows_ptr,
     query_start_ptr,
     seq_lens_ptr,
+    shared_lens_ptr,
     num_rows,
     scale_log2,
     query_token_stride,
@@ -84,6 +85,8 @@ def decode_attention_kernel(
     WINDOW: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SHARED: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
     FP8_BITS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -91,15 +94,16 @@ def decode_attention_kernel(
 ):
     """Every program takes items in turn; an item is one KV head of one split of one row with a single query.
 
-    A row of one split is written to out [T, H, D]; else each split's state goes to partial [R, H, MAX_SPLITS, D] float32 and
-    partial_lse [R, H, MAX_SPLITS] (base 2).
+    A row of one split that shares no position is written to out [T, H, D]; else each split's state goes to partial [R, H, PARTS, D]
+    float32 and partial_lse [R, H, PARTS] (base 2). SHARED: whether rows can share positions.
     """
     index_R = tl.arange(0, ROWS_BLOCK)
     in_step_R = index_R < num_rows
     start_R = tl.load(query_start_ptr + index_R, mask=in_step_R, other=0)
     end_R = tl.load(query_start_ptr + index_R + 1, mask=in_step_R, other=0)
     seq_len_R = tl.load(seq_lens_ptr + index_R, mask=in_step_R, other=1)
-    _, _, splits_R = split_plan(tl.maximum(seq_len_R, 1), WINDOW, SPLIT_TOKENS, MAX_SPLITS)
+    shared_len_R = tl.load(shared_lens_ptr + index_R, mask=in_step_R, other=0) if SHARED else index_R * 0
+    _, _, splits_R = split_plan(shared_len_R, seq_len_R, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
     splits_R = tl.where(end_R - start_R == 1, splits_R, 0)
 
     member_M = tl.arange(0, GROUP_BLOCK)
@@ -112,7 +116,8 @@ def decode_attention_kernel(
         token = tl.load(query_start_ptr + i).to(tl.int64)
         row = tl.load(rows_ptr + i).to(tl.int64)
         seq_len = tl.load(seq_lens_ptr + i)
-        first, split_tokens, num_splits = split_plan(seq_len, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
+        shared_len = tl.multiple_of(tl.load(shared_lens_ptr + i), STEP) if SHARED else i * 0
+        first, split_tokens, num_splits = split_plan(shared_len, seq_len, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
         begin = first + split * split_tokens
 
         head_M = kv_head * GROUP + member_M
@@ -147,113 +152,132 @@ def decode_attention_kernel(
             FP8_BITS,
         )
         output_MD = acc_MD / total_M[:, None]
-        if num_splits == 1:
+        if (num_splits == 1) & (shared_len == 0):
             place_M = token * (NUM_KV_HEADS * GROUP) + head_M
             out_MD_ptr = out_ptr + place_M[:, None] * HEAD_DIM + dim_D[None, :]
             tl.store(out_MD_ptr, output_MD.to(out_ptr.dtype.element_ty), mask=in_head_MD)
         else:
-            place_M = (i.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head_M) * MAX_SPLITS + split
+            place_M = (i.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head_M) * PARTS + split
             tl.store(partial_ptr + place_M[:, None] * HEAD_DIM + dim_D[None, :], output_MD, mask=in_head_MD)
             tl.store(partial_lse_ptr + place_M, largest_M + tl.log2(total_M), mask=member_M < GROUP)
 
 
+@triton.jit
+def parts_of_row(part_P, num_splits, levels_ptr, shared_len, MAX_SPLITS: tl.constexpr, MAX_SHARED_SPLITS: tl.constexpr):
+    """How many parts a row has, and where among its states the parts part_P lie, of which the first num_splits are its own.
+
+    levels_ptr: the row's [LEVELS, 2]. What levels say is read at once, and looked at as far as they reach: up to shared_len.
+    """
+    place_P = part_P
+    num_parts = num_splits
+    position = 0
+    for level in tl.static_range(LEVELS):
+        end = tl.load(levels_ptr + level * 2)
+        count = tl.load(levels_ptr + level * 2 + 1)
+        is_level = position < shared_len
+        place_P = tl.where(part_P >= num_parts, part_P - num_parts + MAX_SPLITS + level * MAX_SHARED_SPLITS, place_P)
+        num_parts += tl.where(is_level, count, 0)
+        position = tl.where(is_level, end, position)
+    return num_parts, place_P
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED, do_not_specialize_on_alignment=ANY_ALIGNMENT)
-def combine_splits_kernel(
+def combine_parts_kernel(
     partial_ptr,
     partial_lse_ptr,
+    levels_ptr,
     out_ptr,
     query_start_ptr,
     seq_lens_ptr,
+    shared_lens_ptr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    MAX_SHARED_SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SHARED: tl.constexpr,
     PARTS_BLOCK: tl.constexpr,
 ):
-    """One program a row and query head joins the splits' states, in their order, if the row has one query and several splits."""
+    """One program a row and query head joins the parts' states, the splits of the row's own keys first, then level by level those that it
+    shares, if the row has one query and its states were left as parts. levels: [R, LEVELS, 2] as `States` says.
+    """
     i = tl.program_id(0)
     head = tl.program_id(1)
     token = tl.load(query_start_ptr + i).to(tl.int64)
     num_queries = tl.load(query_start_ptr + i + 1) - token
-    seq_len = tl.maximum(tl.load(seq_lens_ptr + i), 1)
-    _, _, num_splits = split_plan(seq_len, WINDOW, SPLIT_TOKENS, MAX_SPLITS)
-    if (num_queries == 1) & (num_splits > 1):
-        place = (i.to(tl.int64) * NUM_HEADS + head) * MAX_SPLITS
-        output_D, _lse = merge_parts(
-            partial_ptr + place * HEAD_DIM,
-            partial_lse_ptr + place,
-            num_splits,
-            HEAD_DIM,
-            1,
-            1.0,
-            HEAD_DIM,
-            DIM_BLOCK,
-            PARTS_BLOCK,
-        )
+    shared_len = tl.load(shared_lens_ptr + i) if SHARED else i * 0
+    _, _, num_splits = split_plan(shared_len, tl.load(seq_lens_ptr + i), WINDOW, SPLIT_TOKENS, MAX_SPLITS)
+    if (num_queries == 1) & ((num_splits > 1) | (shared_len > 0)):
         dim_D = tl.arange(0, DIM_BLOCK)
+        place = (i.to(tl.int64) * NUM_HEADS + head) * PARTS
+        weighted_D, largest, total = tl.zeros([DIM_BLOCK], tl.float32), -float("inf"), 0.0
+        first, num_parts = 0, num_splits
+        while first < num_parts:
+            part_P = first + tl.arange(0, PARTS_BLOCK)
+            place_P = part_P
+            if SHARED:
+                num_parts, place_P = parts_of_row(
+                    part_P, num_splits, levels_ptr + i * LEVELS * 2, shared_len, MAX_SPLITS, MAX_SHARED_SPLITS
+                )
+            weighted_D, largest, total = add_parts(
+                weighted_D,
+                largest,
+                total,
+                partial_ptr + place * HEAD_DIM,
+                partial_lse_ptr + place,
+                place_P,
+                part_P < num_parts,
+                HEAD_DIM,
+                1,
+                1.0,
+                HEAD_DIM,
+                DIM_BLOCK,
+            )
+            first += PARTS_BLOCK
+        output_D, _lse = joined(weighted_D, largest, total)
         out_D_ptr = out_ptr + (token * NUM_HEADS + head) * HEAD_DIM + dim_D
         tl.store(out_D_ptr, output_D.to(out_ptr.dtype.element_ty), mask=dim_D < HEAD_DIM)
 
 
-def attend_decode_rows(problem: Problem, out_THD: Tensor) -> None:
-    """Write the outputs of all rows with one query; others are left alone. out_THD: contiguous [T, H, D]."""
+def attend_decode_rows(problem: Problem, states: States, out_THD: Tensor) -> None:
+    """Write the outputs of all rows with one query; others are left alone. out_THD: contiguous [T, H, D].
+
+    If the problem shares prefixes, the states of the groups' members must be there.
+    """
     parameters = TABLE.lookup(KERNEL, problem.capability, problem.key)
-    max_splits = most_splits(problem)
-    num_rows, num_heads, head_dim = problem.num_rows, problem.num_heads, problem.head_dim
-    partial, partial_lse = _states(problem, out_THD.device)
     arguments = problem.arguments()
-    constants = {"WINDOW": problem.window, "SPLIT_TOKENS": SPLIT_TOKENS, "MAX_SPLITS": max_splits}
-    most_items = num_rows * problem.num_kv_heads * max_splits
+    shared_lens = problem.seq_lens_R if problem.shared_lens is None else problem.shared_lens  # not read unless SHARED
+    shared = {"shared_lens_ptr": shared_lens, "SHARED": problem.shares_prefixes, "PARTS": states.num_parts}
+    constants = {"WINDOW": problem.window, "SPLIT_TOKENS": SPLIT_TOKENS, "MAX_SPLITS": states.max_splits}
+    most_items = problem.num_rows * problem.num_kv_heads * states.max_splits
     programs = min(most_items, num_programs(out_THD.device, PROGRAMS_PER_MULTIPROCESSOR))
     decode_attention_kernel[(programs,)](
-        **arguments | constants,
+        **arguments | constants | shared,
         out_ptr=out_THD,
-        partial_ptr=partial,
-        partial_lse_ptr=partial_lse,
+        partial_ptr=states.output_RHPD,
+        partial_lse_ptr=states.lse_RHP,
         GROUP_BLOCK=group_block(problem.group),
         **parameters.keywords,
     )
-    if max_splits > 1:
-        combine_splits_kernel[(num_rows, num_heads)](
-            partial,
-            partial_lse,
+    if states.num_parts > 1:
+        combine_parts_kernel[(problem.num_rows, problem.num_heads)](
+            states.output_RHPD,
+            states.lse_RHP,
+            states.levels_RL2,
             out_THD,
             problem.query_start,
             problem.seq_lens_R,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
+            NUM_HEADS=problem.num_heads,
+            HEAD_DIM=problem.head_dim,
             DIM_BLOCK=arguments["DIM_BLOCK"],
+            MAX_SHARED_SPLITS=states.max_shared_splits,
             **constants,
+            **shared,
             **MERGE_PARAMETERS.keywords,
         )
-
-
-def workspace_bytes(problem: Problem) -> int:
-    """Size of the splits' states, which live while the operator runs. The problem's tensors may be on the meta device."""
-    return sum(tensor.nbytes for tensor in _states(problem, torch.device("meta")))
-
-
-def _states(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for every split's output and log-sum-exp; empty where rows are never split."""
-    max_splits = most_splits(problem)
-    shape = (problem.num_rows, problem.num_heads, max_splits) if max_splits > 1 else (0, 0, 0)
-    partial = torch.empty((*shape, problem.head_dim), dtype=torch.float32, device=device)
-    return partial, torch.empty(shape, dtype=torch.float32, device=device)
-
-
-def most_splits(problem: Problem) -> int:
-    """Splits that one row can have: by the block table's width or the window, by MAX_SPLITS, and by the workspace.
-
-    The workspace is reckoned with all rows that the block table has, not with the step's, so that the batch decides nothing.
-    """
-    reach = problem.max_context
-    if problem.window > 0:
-        reach = min(reach, problem.window + SPLIT_TOKENS)
-    bytes_per_split = problem.block_table.shape[0] * problem.num_heads * problem.head_dim * torch.float32.itemsize
-    affordable = max(MIN_SPLITS_CAP, WORKSPACE_BYTES // bytes_per_split)
-    return min(-(-reach // SPLIT_TOKENS), affordable, MAX_SPLITS)
 
 
 def group_block(group: int) -> int:

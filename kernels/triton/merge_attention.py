@@ -1,4 +1,4 @@
-"""`toka_triton::merge_attention`, and the merge of attention states that the split-KV kernel shares with it.
+"""`toka_triton::merge_attention`, and the merge of attention states that decode attention shares with it.
 
 Legend: S parts, T tokens, H heads, D head dim; P the parts that one iteration joins.
 """
@@ -19,42 +19,45 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def merge_parts(
+def add_parts(
+    weighted_D,
+    largest,
+    total,
     output_ptr,
     lse_ptr,
-    num_parts,
+    place_P,
+    wanted_P,
     output_part_stride,
     lse_part_stride,
     LSE_TO_LOG2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr,
 ):
-    """Join the states of one token and head, in the order of the parts.
+    """Add to the joined state of one token and head those parts at place_P that are wanted; to begin with, it is 0, -inf and 0.
 
-    output_ptr, lse_ptr: the first part's output [D] and log-sum-exp, both float32. LSE_TO_LOG2: what turns a log-sum-exp into one
-    of base 2. Returns output_D (0 where no part has a key) and the joined log-sum-exp of base 2. A part without keys (-inf) is not read.
+    output_ptr, lse_ptr: output [D] and log-sum-exp of the part at place 0, both float32. LSE_TO_LOG2: what turns a log-sum-exp into one
+    of base 2. A part without keys (-inf) is not read.
     """
     dim_D = tl.arange(0, DIM_BLOCK)
-    largest = -float("inf")
-    total = 0.0
-    weighted_D = tl.zeros([DIM_BLOCK], tl.float32)
-    for first in range(0, num_parts, PARTS_BLOCK):
-        part_P = first + tl.arange(0, PARTS_BLOCK)
-        lse_P = tl.load(lse_ptr + part_P * lse_part_stride, mask=part_P < num_parts, other=-float("inf")) * LSE_TO_LOG2
-        has_keys_P = lse_P != -float("inf")
-        output_PD = tl.load(
-            output_ptr + part_P[:, None] * output_part_stride + dim_D[None, :],
-            mask=has_keys_P[:, None] & (dim_D < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        new_largest = tl.maximum(largest, tl.max(lse_P, axis=0))
-        reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        weight_P = tl.exp2(lse_P - reference)
-        kept = tl.exp2(largest - reference)
-        total = total * kept + tl.sum(weight_P, axis=0)
-        weighted_D = weighted_D * kept + tl.sum(weight_P[:, None] * output_PD, axis=0)
-        largest = new_largest
+    lse_P = tl.load(lse_ptr + place_P * lse_part_stride, mask=wanted_P, other=-float("inf")) * LSE_TO_LOG2
+    has_keys_P = lse_P != -float("inf")
+    output_PD = tl.load(
+        output_ptr + place_P[:, None] * output_part_stride + dim_D[None, :],
+        mask=has_keys_P[:, None] & (dim_D < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    new_largest = tl.maximum(largest, tl.max(lse_P, axis=0))
+    reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+    weight_P = tl.exp2(lse_P - reference)
+    kept = tl.exp2(largest - reference)
+    total = total * kept + tl.sum(weight_P, axis=0)
+    weighted_D = weighted_D * kept + tl.sum(weight_P[:, None] * output_PD, axis=0)
+    return weighted_D, new_largest, total
+
+
+@triton.jit
+def joined(weighted_D, largest, total):
+    """Output (0 where no part has a key) and log-sum-exp of base 2 of the parts that were added."""
     # total >= 1 where any part has a key, since the largest has weight 1; where none has, weighted_D is 0. NaN stays NaN.
     safe_total = tl.where(total == 0.0, 1.0, total)
     return weighted_D / safe_total, largest + tl.log2(safe_total)
@@ -76,18 +79,25 @@ def merge_attention_kernel(
     """One program a token and head; all tensors contiguous."""
     place = tl.program_id(0).to(tl.int64) * NUM_HEADS + tl.program_id(1)
     places_per_part = num_tokens.to(tl.int64) * NUM_HEADS
-    output_D, lse_log2 = merge_parts(
-        output_ptr + place * HEAD_DIM,
-        lse_ptr + place,
-        num_parts,
-        places_per_part * HEAD_DIM,
-        places_per_part,
-        LOG2_E,
-        HEAD_DIM,
-        DIM_BLOCK,
-        PARTS_BLOCK,
-    )
     dim_D = tl.arange(0, DIM_BLOCK)
+    weighted_D, largest, total = tl.zeros([DIM_BLOCK], tl.float32), -float("inf"), 0.0
+    for first in range(0, num_parts, PARTS_BLOCK):
+        part_P = first + tl.arange(0, PARTS_BLOCK)
+        weighted_D, largest, total = add_parts(
+            weighted_D,
+            largest,
+            total,
+            output_ptr + place * HEAD_DIM,
+            lse_ptr + place,
+            part_P,
+            part_P < num_parts,
+            places_per_part * HEAD_DIM,
+            places_per_part,
+            LOG2_E,
+            HEAD_DIM,
+            DIM_BLOCK,
+        )
+    output_D, lse_log2 = joined(weighted_D, largest, total)
     tl.store(merged_ptr + place * HEAD_DIM + dim_D, output_D, mask=dim_D < HEAD_DIM)
     tl.store(merged_lse_ptr + place, lse_log2 / LOG2_E)
 

@@ -118,7 +118,11 @@ def test_a_declared_workspace_counts_while_its_kernel_runs() -> None:
 
 
 def test_what_triton_kernels_take_for_themselves() -> None:
-    """By hand: the sampler cuts 128,256 logits into 32 chunks; a row's 131,072 keys make 64 splits, each a float32 head and one more."""
+    """By hand: the sampler cuts 128,256 logits into 32 chunks; a row's 131,072 keys make 64 splits, each a float32 head and one more.
+
+    Where rows can share prefixes, each of three levels has two numbers, and up to 16 splits, as far as those of all the table's rows fit in
+    128 MiB.
+    """
     logits = SizedTensor((10, 128_256), torch.bfloat16)
     chunks, lists = 32 * (4 + 4 + 6 * (8 + 4)), 6 * 4 + 8192 * 4
     assert WORKSPACES["cuda", "toka_triton::sample"]([logits], []) == 10 * (chunks + lists)
@@ -126,8 +130,16 @@ def test_what_triton_kernels_take_for_themselves() -> None:
     table, rows, starts = (SizedTensor(shape, torch.int32) for shape in ((64, 8192), (4,), (5,)))
     attention = WORKSPACES["cuda", "toka_triton::paged_attention"]
     assert attention([query, cache, cache, table, rows, starts, rows], []) == 4 * 32 * 64 * (128 + 1) * 4
+    shared = [SizedTensor(shape, torch.int32) for shape in ((16, 5), (256,), (64,))]
+    levels = 4 * 3 * 2 * 4
+    with_shared = attention([query, cache, cache, table, rows, starts, rows, *shared], [])
+    assert with_shared == 4 * 32 * (64 + 3 * 16) * (128 + 1) * 4 + levels
+    many = SizedTensor((256, 8192), torch.int32)
+    with_shared = attention([query, cache, cache, many, rows, starts, rows, *shared], [])
+    assert with_shared == 4 * 32 * (64 + 3 * 10) * (128 + 1) * 4 + levels
     short = SizedTensor((64, 16), torch.int32)  # 256 tokens: nothing is split
     assert attention([query, cache, cache, short, rows, starts, rows], []) == 0
+    assert attention([query, cache, cache, short, rows, starts, rows, *shared], []) == 4 * 32 * 4 * 129 * 4 + levels
 
 
 def test_values_live_until_their_name_is_written_again() -> None:

@@ -65,6 +65,11 @@ def module_of(file: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
+def shared_cases(triton_kernels: None) -> Any:
+    return module_of(KERNELS / "interpreted" / "test_triton_shared_attention.py")
+
+
+@pytest.fixture(scope="module")
 def attention_cases(triton_kernels: None) -> Any:
     return module_of(KERNELS / "test_triton_attention.py")
 
@@ -94,6 +99,44 @@ def test_a_decode_row_is_the_same_to_the_bit_whatever_runs_beside_it(device: str
         assert torch.equal(alone_THD, together_THD[begin:end])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", [(8, 8), (32, 8), (16, 2)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_shared_prefixes(
+    device: str, shared_cases: Any, head_dim: int, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Many members, several levels, splits, and rows in no group."""
+    groups = [
+        shared_cases.Group(0, range(5, 205), 0, 1024),
+        shared_cases.Group(1, range(6, 100, 2), 1024, 1344),
+        shared_cases.Group(2, range(20, 60, 4), 1344, 1408),
+    ]
+    lens = [1409 + 3 * i for i in range(210)]
+    batch = shared_cases.make_batch(lens, groups, prefills=[70], heads=heads, head_dim=head_dim, dtype=dtype)
+    actual_THD = torch.ops.toka_triton.paged_attention.default(*on(device, batch.arguments))
+    shared_cases.assert_close(actual_THD.cpu(), batch.reference())
+
+
+def test_a_captured_step_follows_its_groups(device: str, shared_cases: Any) -> None:
+    """Captured without any, replayed with some, with others, and again without."""
+    steps = [
+        shared_cases.make_batch(shared_cases.SIX, groups, dtype=torch.bfloat16, num_lines=10)
+        for groups in ([], shared_cases.CASES["nested"], shared_cases.CASES["two groups"], [])
+    ]
+    static = on(device, steps[0].arguments)
+    op = torch.ops.toka_triton.paged_attention.default
+    op(*static)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_THD = op(*static)
+    for step in steps:
+        for there, here in zip(static, step.arguments, strict=True):
+            if isinstance(here, torch.Tensor):
+                there.copy_(here)
+        graph.replay()
+        shared_cases.assert_close(out_THD.cpu(), step.reference())
+
+
 def test_merge_attention(device: str, triton_kernels: None) -> None:
     random = torch.Generator().manual_seed(0)
     for shape in ((1, 1, 1, 64), (3, 4, 2, 80), (17, 2, 3, 128), (5, 300, 32, 128)):
@@ -105,6 +148,10 @@ def test_merge_attention(device: str, triton_kernels: None) -> None:
         actual = torch.ops.toka_triton.merge_attention.default(output_STHD.to(device), lse_STH.to(device))
         for there, here in zip(actual, expected, strict=True):
             torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)
+
+
+def on(device: str, arguments: tuple[Any, ...]) -> list[Any]:
+    return [each.to(device) if isinstance(each, torch.Tensor) else each for each in arguments]
 
 
 def in_parts(result: Any) -> list[torch.Tensor]:

@@ -319,7 +319,7 @@ def test_launches_need_shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     launches = Launches()
     monkeypatch.setattr(decode_attention, "decode_attention_kernel", launches)
-    monkeypatch.setattr(decode_attention, "combine_splits_kernel", launches)
+    monkeypatch.setattr(decode_attention, "combine_parts_kernel", launches)
     monkeypatch.setattr(prefill_attention, "prefill_attention_kernel", launches)
     batch = make_batch(MIXED).to("meta")
     out_THD = paged_attention.paged_attention(*batch.arguments)
@@ -329,18 +329,39 @@ def test_launches_need_shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("max_rows", "context"), [(256, 131072), (1024, 131072), (256, 4096), (8, 100)])
 def test_the_workspace_is_bounded(max_rows: int, context: int) -> None:
+    from toka.kernels.triton.attention_states import (
+        MAX_SHARED_SPLITS,
+        MIN_SPLITS_CAP,
+        SHARED_WORKSPACE_BYTES,
+        WORKSPACE_BYTES,
+        most_shared_splits,
+        most_splits,
+        states_of,
+    )
     from toka.kernels.triton.attention_tile import Problem
-    from toka.kernels.triton.decode_attention import MIN_SPLITS_CAP, WORKSPACE_BYTES, most_splits
 
     cache = torch.empty(10, 8, 16, 128, device="meta")
     table = torch.empty(max_rows, -(-context // 16), dtype=torch.int32, device="meta")
     ints = torch.empty(4, dtype=torch.int32, device="meta")
     query_THD = torch.empty(4, 32, 128, device="meta")
-    splits = most_splits(Problem(query_THD, cache, cache, table, ints, ints, ints, 1.0, 0))
+    tensors = (query_THD, cache, cache, table, ints, ints, ints)
+    splits = most_splits(Problem(*tensors, 1.0, 0))
     assert 1 <= splits <= -(-context // SPLIT)
     assert splits == MIN_SPLITS_CAP or max_rows * 32 * splits * 128 * 4 <= WORKSPACE_BYTES
-    windowed = most_splits(Problem(query_THD, cache, cache, table, ints, ints, ints, 1.0, 300))
-    assert windowed == min(splits, 3)
+    assert most_splits(Problem(*tensors, 1.0, 300)) == min(splits, 3)
+
+    shared = (torch.empty(6, 5, dtype=torch.int32, device="meta"), ints, ints)
+    shared_splits = most_shared_splits(Problem(*tensors, 1.0, 0, *shared))
+    assert 1 <= shared_splits <= min(-(-context // SPLIT), MAX_SHARED_SPLITS)
+    assert shared_splits == 1 or 3 * max_rows * 32 * shared_splits * 128 * 4 <= SHARED_WORKSPACE_BYTES
+    for without in (
+        Problem(*tensors, 1.0, 0),
+        Problem(*tensors, 1.0, 300, *shared),
+        Problem(*tensors, 1.0, 0, shared[0][:1], *shared[1:]),
+    ):
+        states = states_of(without, torch.device("meta"))
+        assert (states.max_shared_splits, states.num_parts) == (0, states.max_splits)
+        assert states.num_bytes == (4 * 32 * states.max_splits * 129 * 4 if states.max_splits > 1 else 0)
 
 
 @pytest.mark.gpu

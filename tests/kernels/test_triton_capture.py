@@ -90,11 +90,14 @@ class HostWork(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches_of(op: str, capability: Capability, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+def launches_of(
+    op: str, capability: Capability, monkeypatch: pytest.MonkeyPatch, *more: Any
+) -> list[tuple[str, tuple[int, ...]]]:
     launches: list[tuple[str, tuple[int, ...]]] = []
     package = "toka.kernels.triton"
-    for name in {*MODULES.values(), "attention_tile", "decode_attention", "prefill_attention"}:
-        module = importlib.import_module(f"{package}.{name}")
+    attention = {f"{kind}_attention" for kind in ("decode", "prefill", "shared")}
+    names = {*MODULES.values(), *attention, "attention_tile"}
+    for module in [importlib.import_module(f"{package}.{name}") for name in names]:  # all before the first is changed
         if hasattr(module, "capability_of"):
             monkeypatch.setattr(module, "capability_of", lambda device: capability)
         if hasattr(module, "num_programs"):
@@ -103,7 +106,7 @@ def launches_of(op: str, capability: Capability, monkeypatch: pytest.MonkeyPatch
             monkeypatch.setattr(module, kernel, KernelStandIn(getattr(module, kernel), launches))
     given = arguments(op)
     with HostWork() as work:
-        implementation(op)(*given)
+        implementation(op)(*given, *more)
     assert work.names <= ALLOWED
     return launches
 
@@ -122,6 +125,19 @@ def test_a_sampled_step_is_four_launches_whatever_its_rows_ask_for(monkeypatch: 
         ("chunk_mass_kernel", (chunks, NUM_ROWS)),
         ("list_kernel", (chunks, NUM_ROWS)),
         ("choose_kernel", (NUM_ROWS,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "num_more"), [(0, 0), (1, 0), (6, 1)], ids=["no room", "a last line only", "room, used or not"]
+)
+def test_room_for_groups_is_one_launch_more(num_lines: int, num_more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = (ints(num_lines, 5), ints(100), ints(MAX_ROWS))
+    assert launches_of("paged_attention", (9, 0), monkeypatch, *shared) == [
+        *[("shared_attention_kernel", (132,))] * num_more,
+        ("decode_attention_kernel", (2 * 132,)),
+        ("combine_parts_kernel", (NUM_ROWS, 8)),
+        ("prefill_attention_kernel", ((1 + NUM_ROWS) * 4,)),
     ]
 
 

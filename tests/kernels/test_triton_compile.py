@@ -33,7 +33,13 @@ def test_every_case_compiles_and_keeps_its_values_in_registers(
     assert not spilled, f"\n{table(spilled)}"
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill", "combine splits", *sorted({*MODULES} - {"paged_attention"})])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("decode", "decode after shared", "shared prefix", "prefill", "combine splits", "combine with shared"),
+        *sorted({*MODULES} - {"paged_attention"}),
+    ],
+)
 def test_every_operator_is_shipped_for_every_architecture(compiled: list[Resources], kind: str) -> None:
     assert {r.architecture for r in compiled if r.name.startswith(kind)} == set(ARCHITECTURES)
 

@@ -7,6 +7,7 @@
     e start      from process start to ready, with an empty cache and with a full one
     f monkeys    many samples of a few prompts with a long shared prefix
     g tune       launch parameters of the Triton kernels, as far as the time goes
+    h hydragen   decode rows with a common prefix: attention to it once for all of them, against row by row
 
 The models are Llama-3.2-1B and Llama-3.1-8B with random weights in bfloat16. What matters most comes first, each result is printed as soon
 as it is there, and the last line is all of them as JSON; so a run that is cut off still tells something. Each group of sections runs in
@@ -39,8 +40,9 @@ from typing import IO, Any
 
 import bare_checkout
 
-SECTIONS = {"a": "machine", "b": "kernels", "c": "step", "d": "engine", "e": "start", "f": "monkeys", "g": "tune"}
-WITHOUT_SHAPE = {"machine", "kernels", "sampler", "tune"}
+NAMES = ("machine", "kernels", "step", "engine", "start", "monkeys", "tune", "hydragen")
+SECTIONS = dict(zip("abcdefgh", NAMES, strict=True))
+WITHOUT_SHAPE = {"machine", "kernels", "sampler", "hydragen", "tune"}
 START_BUDGET_S = 150.0
 GRACE_S = 15.0  # what a section may take beyond its time: it looks at the clock between its parts only
 LEAST_S = 10.0  # with less left, nothing is begun
@@ -62,6 +64,8 @@ def plan_work(wanted: set[str], shapes: list[str]) -> list[Work]:
     without_engine = [("machine", 20.0)] if "machine" in wanted else []
     if "kernels" in wanted:
         without_engine += [("kernels", 65.0), ("sampler", 15.0)]
+    if "hydragen" in wanted:
+        without_engine.append(("hydragen", 20.0))
     if without_engine:
         work.append(Work(shapes[0], tuple(without_engine)))
     on_engine = tuple(each for each in (("step", 40.0), ("engine", 20.0), ("monkeys", 25.0)) if each[0] in wanted)
@@ -197,6 +201,8 @@ def summary_of(results: dict[str, Any]) -> dict[str, Any]:
         }
     for shape, starts in results.get("start", {}).items():
         summary[f"{shape}_ready_s"] = {key: figures["ready_s"] for key, figures in starts.items()}
+    if groups := results.get("hydragen"):
+        summary["hydragen_over_plain"] = {key: figures["over_plain"] for key, figures in groups.items()}
     for shape, runs in results.get("monkeys", {}).items():
         summary[f"{shape}_monkeys_tokens_per_s"] = runs["run"]["tokens_per_s"]
     return summary

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gpu_sections import shared_prefix
 from gpu_sections.attention import Case, Problem, toka_attention
 from gpu_sections.measure import Deadline, device_ms
 from gpu_sections.sampling import toka_sampler
@@ -61,6 +62,9 @@ def _runs(device: torch.device) -> Iterator[Run]:
         for rows, queries, length in ((64, 1, 1024), (1, 2048, 2048)):
             case = Case(rows, queries, length, num_heads=32, num_kv_heads=8, head_dim=head_dim)
             yield toka_attention(Problem(case, device, torch.bfloat16), device)
+        sharing = shared_prefix.Case(256, 2048, 128, num_heads=32, num_kv_heads=8, head_dim=head_dim)
+        problem = shared_prefix.Problem(sharing, device, torch.bfloat16)
+        yield shared_prefix.toka_attention(problem, *problem.one_group)
     yield toka_sampler(torch.randn(64, 128256, device=device, dtype=torch.bfloat16), greedy=False)
 
 

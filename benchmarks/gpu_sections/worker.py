@@ -50,7 +50,16 @@ class Worker:
         """Run a section; yields the name and the value of each result."""
         import torch
 
-        from gpu_sections import attention, generation, machine, model_step, sampling, transformers_peer, tuning
+        from gpu_sections import (
+            attention,
+            generation,
+            machine,
+            model_step,
+            sampling,
+            shared_prefix,
+            transformers_peer,
+            tuning,
+        )
         from gpu_sections.measure import Deadline
 
         job, deadline, device = self._job, Deadline(budget_s), torch.device(self._job.device)
@@ -61,6 +70,8 @@ class Worker:
                 yield from attention.measure(device, deadline, compiled=job.compiled)
             case "sampler":
                 yield from sampling.measure(device, deadline)
+            case "hydragen":
+                yield from shared_prefix.measure(device, deadline)
             case "tune":
                 yield from tuning.measure(device, deadline)
             case "start":

@@ -56,6 +56,9 @@ def test_every_section_on_a_tiny_model(cpp_kernels: Path, cache_dir: Path, tmp_p
         assert figures["toka_off"] < 1e-5 and figures["flex_off"] < 1e-5
         assert figures["over_sdpa"] > 0 and figures["over_flex"] > 0
     assert list(report["sampler"]) == ["greedy_1", "filtered_1", "greedy_3", "filtered_3"]
+    assert list(report["hydragen"]) == ["d32_2_share_64_and_9", "d32_5_share_64_and_9"]
+    for figures in report["hydragen"].values():
+        assert figures["over_plain"] > 0 and figures["unused_ms"] > 0 and figures["off"] < 1e-5
     step = report["step"]["tiny"]
     assert list(step) == ["limits", "decode_1", "decode_4", "prefill_16", "prefill_64"]
     assert all(figures["ms"] > 0 for name, figures in step.items() if name != "limits")
@@ -97,7 +100,13 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
     status, report = run_suite("--budget-s", "1", cache=tmp_path)
     assert status == 1 and report["seconds"] < 10
     noted = {error["section"]: error["error"] for error in report["errors"]}
-    assert noted.keys() == {"machine, kernels, sampler", "start, step, engine, monkeys", "peer", "start", "tune"}
+    assert noted.keys() == {
+        "machine, kernels, sampler, hydragen",
+        "start, step, engine, monkeys",
+        "peer",
+        "start",
+        "tune",
+    }
     assert set(noted.values()) == {"not begun: no time left"}
 
 
@@ -154,7 +163,7 @@ def test_a_section_that_takes_too_long_is_cut_off(gpu_suite: ModuleType, monkeyp
 def test_the_most_valuable_comes_first(gpu_suite: ModuleType) -> None:
     work = gpu_suite.plan_work(set(gpu_suite.SECTIONS.values()), ["8b", "1b"])
     assert [(each.shape, each.start_key, *(name for name, _ in each.sections)) for each in work] == [
-        ("8b", "", "machine", "kernels", "sampler"),
+        ("8b", "", "machine", "kernels", "sampler", "hydragen"),
         ("8b", "cold", "start", "step", "engine", "monkeys"),
         ("8b", "", "peer"),
         ("1b", "cold", "start", "step", "engine", "monkeys"),

@@ -122,6 +122,19 @@ def test_greedy_tokens_are_those_of_transformers(
         assert core.stats().cached_prompt_tokens_total > 0
 
 
+def test_attention_by_groups_draws_greedy_tokens_too(
+    device: str, reference: Any, checkpoint: ModelSource, cache_dir: Path
+) -> None:
+    """128 tokens that all prompts begin with, 64 more that half of them share, and one of their own; in captured steps."""
+    text = [(11 * i) % 250 + 2 for i in range(256)]
+    prompts = [text[:128] + text[64 * (i % 2) :][:64] + [5 + i] for i in range(6)]
+    flags = {"use_hydragen": True, "hydragen_min_group_size": 2, "hydragen_min_prefix_len": 64}
+    with engine_of(checkpoint, device, cache_dir, **flags) as (core, _):
+        for _ in range(2):
+            for prompt, generated in zip(prompts, generate(core, prompts), strict=True):
+                assert_greedy(reference, prompt, generated)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_captured_steps_draw_what_eager_steps_draw(
     device: str, checkpoint: ModelSource, cache_dir: Path, dtype: str

@@ -26,7 +26,7 @@ Run = Callable[..., Any]
 # The interpreter cuts off bits where a GPU rounds, which doubles bfloat16's error.
 ABSOLUTE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 MAX_ROWS = 8
-SPLIT = 256  # decode_attention.SPLIT_TOKENS
+SPLIT = 256  # attention_states.SPLIT_TOKENS
 
 Row = tuple[int, int]  # queries, tokens in the cache with them
 MIXED: list[Row] = [(1, 1), (1, 17), (19, 19), (3, 70), (1, SPLIT + 44)]

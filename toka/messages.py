@@ -7,6 +7,7 @@ msgpack-encoded struct; the tag says which. Token ids travel as little-endian in
 from __future__ import annotations
 
 import enum
+import math
 
 import msgspec
 import numpy as np
@@ -23,6 +24,7 @@ class FinishReason(enum.IntEnum):
     LENGTH = 2  # max_tokens, or the context is full
     ABORT = 3  # the client left or a stop string was found above
     ERROR = 4  # the engine could not go on with this request
+    EXPIRED = 5  # its deadline passed before it could begin
 
 
 # ---------------------------------------------------------------------------------------------------------------- down
@@ -33,7 +35,10 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
 
     prompt: int32 token ids as bytes. stop_token_ids: every id that ends a sample (the model's own end tokens included unless
     ignore_eos), so that the engine needs no tokenizer. cache_salt: prefixes are shared only under the same salt.
-    priority: lower runs earlier; ties in arrival order. seed: resolved, never None (sample i uses seed + i).
+    priority: lower runs earlier; within a priority earliest deadline first. seed: resolved, never None (sample i uses seed + i).
+    session_id: requests under one id are turns of a conversation, whose KV is kept for the next turn; "": none, or unknown.
+    arrival_s: when the request came, in seconds of time.perf_counter(), which all processes of a machine share. deadline_s: seconds
+    from then within which it has to begin, else it ends by EXPIRED.
     """
 
     request_id: int
@@ -43,6 +48,9 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
     seed: int
     cache_salt: str = ""
     priority: int = 0
+    session_id: str = ""
+    arrival_s: float = 0.0
+    deadline_s: float = math.inf
 
 
 class Abort(msgspec.Struct, tag="abort", frozen=True):
@@ -87,7 +95,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
 class StepOutputs(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     """All tokens of one step, packed: entry i is one token (or the end without a token) of request_ids[i].
 
-    request_ids: int64 bytes. token_ids: int32 bytes, -1 = no token (ended by ERROR or by a limit hit before a token).
+    request_ids: int64 bytes. token_ids: int32 bytes, -1 = no token (ended by ERROR, EXPIRED or by a limit hit before a token).
     finish: uint8 bytes of FinishReason. cached: int32 bytes, prompt tokens taken from the prefix cache, valid on a request's
     first entry. stats: the engine's gauges after the step.
     """

@@ -9,6 +9,7 @@ from toka.errors import InvariantError
 from toka.plan import I32
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.prefix_index import PrefixIndex
+from toka.scheduler.retention import COMES_BACK
 
 
 def blocks_of(*numbers: int) -> I32:
@@ -51,6 +52,43 @@ def test_cached_blocks_go_least_recently_used_first() -> None:
     assert len(index) == 1 and bytes([0]) in index
 
 
+def test_what_is_worth_more_goes_later() -> None:
+    pool, _ = pool_with_cached(num_blocks=4)
+    pool.release(blocks_of(0, 1), COMES_BACK)
+    pool.release(blocks_of(2, 3))
+    assert pool.take(3).tolist() == [2, 3, 0]
+
+
+def test_what_was_found_again_goes_later_and_so_does_all_before_it_that_others_hold() -> None:
+    pool, _ = pool_with_cached([1], [2], num_blocks=4)
+    pool.share(blocks_of(0, 1))  # a prefix of which block 0 is held by somebody
+    pool.release(blocks_of(1, 0))
+    pool.release(blocks_of(3))
+    pool.release(blocks_of(0))
+    assert pool.take(4).tolist() == [2, 3, 1, 0]
+
+
+def test_a_new_content_is_not_worth_what_the_old_one_was() -> None:
+    pool, index = pool_with_cached(num_blocks=2)
+    pool.release(blocks_of(0), COMES_BACK)
+    pool.take(1)
+    index.register([b"other"], blocks_of(0))
+    pool.release(blocks_of(0))
+    pool.release(blocks_of(1), COMES_BACK)
+    assert pool.take(2).tolist() == [0, 1]
+
+
+def test_without_content_a_block_is_worth_nothing() -> None:
+    index = PrefixIndex(2)
+    pool = BlockPool(2, index)
+    blocks = pool.take(2)
+    pool.release(blocks, COMES_BACK)
+    index.register([b"a", b"b"], pool.take(2))
+    pool.release(blocks_of(0))
+    pool.release(blocks_of(1))
+    assert pool.take(2).tolist() == [0, 1]
+
+
 def test_shared_again_is_recently_used_again() -> None:
     pool, _ = pool_with_cached([0, 1, 2], num_blocks=3)
     pool.share(blocks_of(0))
@@ -91,11 +129,11 @@ def test_check_notices_a_lost_block() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_order_equals_that_of_a_plain_list(seed: int) -> None:
-    """Against a pool made of two Python lists, over enough turns that the queue is squeezed many times."""
+    """Without worths, against a pool made of two Python lists, over enough turns that the queue is squeezed many times."""
     rng = random.Random(seed)
     num_blocks, next_key = 12, 0
     index = PrefixIndex(num_blocks)
-    pool = BlockPool(num_blocks, index)
+    pool = BlockPool(num_blocks, index, by_worth=False)
     blank, cached, held = list(range(num_blocks)), [], []  # the next to be taken first; held: one entry a lease
     for _ in range(400):
         event = rng.random()

@@ -6,13 +6,13 @@ from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams
 from toka.plan import BlockTableChanges
 from toka.scheduler.plan_builder import NO_SETTINGS, NO_TABLE_CHANGES, merge_table_changes, settings_of
 from toka.scheduler.prefix_index import KeyChain
-from toka.scheduler.request import Request
+from toka.scheduler.request import Rank, Request
 
 
 def request(sampling: SamplingParams, *, seed: int = 0, stop_token_ids: tuple[int, ...] = ()) -> Request:
     return Request(
         request_id=1,
-        rank=(0, 0),
+        rank=Rank(0, 0.0, 0),
         sampling=sampling,
         stop_token_ids=stop_token_ids,
         seed=seed,

@@ -9,7 +9,7 @@ from toka.params import SamplingParams
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.prefix_index import KeyChain, PrefixIndex
-from toka.scheduler.request import Draining, Finished, Request, Running, Waiting
+from toka.scheduler.request import Draining, Finished, Rank, Request, Running, Waiting
 from toka.scheduler.request_table import RequestTable
 
 PROMPT = np.arange(6, dtype=np.int32)
@@ -24,7 +24,7 @@ class Room:
         self.pool = BlockPool(4, PrefixIndex(4))
         request = Request(
             request_id=1,
-            rank=(0, 0),
+            rank=Rank(0, 0.0, 0),
             sampling=SamplingParams(),
             stop_token_ids=(),
             seed=0,

@@ -45,7 +45,7 @@ class Behaviour:
     """What the fake does. reply: a sample's tokens. step_s: time of one step, in which every request gets one token.
 
     reject: what to answer to a Submit instead, if anything. deaf_to_ping: never answer Ping. error_at_token: end requests with
-    ERROR after so many tokens. die_at_step: exit the process in that step. warm_s: warmup time; fatal: say so instead of Ready.
+    `error` after so many tokens. die_at_step: exit the process in that step. warm_s: warmup time; fatal: say so instead of Ready.
     """
 
     reply: Callable[[Submit, int], list[int]] = repeat_prompt
@@ -53,6 +53,7 @@ class Behaviour:
     reject: Callable[[Submit], Rejected | None] = lambda _: None
     deaf_to_ping: bool = False
     error_at_token: int | None = None
+    error: FinishReason = FinishReason.ERROR
     die_at_step: int | None = None
     warm_s: float = 0.0
     fatal: Fatal | None = None
@@ -172,7 +173,7 @@ class FakeEngine:
 
     def _next_token(self, row: _Row) -> tuple[int, int]:
         if row.num_done == self.behaviour.error_at_token:
-            return -1, FinishReason.ERROR
+            return -1, self.behaviour.error
         token = row.tokens[row.num_done]
         row.num_done += 1
         if token in row.submit.stop_token_ids and row.num_done > row.submit.sampling.min_tokens:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 
 import openai
 import pytest
 from byte_tokenizer import EOS_ID
 from fake_engine import Behaviour
 from running_server import RunningServer
+
+from toka.messages import FinishReason
 
 ABC = [97, 98, 99]
 
@@ -141,10 +145,20 @@ def test_what_the_engine_is_told(server: RunningServer) -> None:
         top_p=0.9,
         seed=11,
         user="somebody",
-        extra_body={"top_k": 5, "min_p": 0.1, "cache_salt": "tenant", "priority": -3, "stop_token_ids": [1]},
+        extra_body={
+            "top_k": 5,
+            "min_p": 0.1,
+            "cache_salt": "tenant",
+            "priority": -3,
+            "stop_token_ids": [1],
+            "session_id": "chat 7",
+            "deadline_s": 2.5,
+        },
     )
     submit = server.engine.submitted()[-1]
     assert (submit.seed, submit.cache_salt, submit.priority) == (11, "tenant", -3)
+    assert (submit.session_id, submit.deadline_s) == ("chat 7", 2.5)
+    assert 0 <= time.perf_counter() - submit.arrival_s < 60  # the clock that both processes share
     assert submit.stop_token_ids == (1, EOS_ID)
     sampling = submit.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (
@@ -187,3 +201,20 @@ def test_a_sample_the_engine_gives_up_is_a_500(start_server) -> None:
     reply = server.post("/v1/completions", {"prompt": "abc", "max_tokens": 9, "stream": True})
     assert reply.text.endswith('"code":"sample_failed"}}\n\ndata: [DONE]\n\n')
     assert server.serving.engine.num_open == 0
+
+
+def test_a_request_that_could_not_begin_in_time_is_a_503_that_says_so(start_server) -> None:
+    server = start_server(Behaviour(error_at_token=0, error=FinishReason.EXPIRED))
+    body = {"prompt": "abc", "max_tokens": 5, "deadline_s": 0.001}
+    reply = server.post("/v1/completions", body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (503, "deadline_exceeded", "deadline_s")
+    assert reply.headers["x-should-retry"] == "false" and "deadline_s" in error["message"]
+    assert server.get("/health").status_code == 200
+
+
+def test_without_a_deadline_there_is_none(start_server) -> None:
+    server = start_server()
+    assert server.post("/v1/completions", {"prompt": "abc", "max_tokens": 1, "deadline_s": None}).status_code == 200
+    [submit] = server.engine.submitted()
+    assert submit.deadline_s == math.inf

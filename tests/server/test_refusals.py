@@ -87,6 +87,9 @@ def test_values_that_change_nothing_are_accepted(server: RunningServer, path: st
         ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options"), ({"model": 5}, "model"),
         ({"ignore_eos": 1}, "ignore_eos"), ({"cache_salt": 1}, "cache_salt"),
+        ({"session_id": 1}, "session_id"), ({"session_id": "x" * 300}, "session_id"), ({"session_id": ["x"]}, "session_id"),
+        ({"deadline_s": 0}, "deadline_s"), ({"deadline_s": -1}, "deadline_s"), ({"deadline_s": 1e9}, "deadline_s"),
+        ({"deadline_s": "soon"}, "deadline_s"), ({"priority": 1.5}, "priority"), ({"priority": "high"}, "priority"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])

@@ -33,6 +33,10 @@ class EngineCore:
         for request_id in request_ids:
             self.scheduler.abort(request_id)
 
+    def expire(self, now_s: float) -> TokenOutputs:
+        """End the requests whose deadline passed before they could begin; now_s: time.perf_counter()."""
+        return self.scheduler.expire(now_s)
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self.executor.num_in_flight > 0

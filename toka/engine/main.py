@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import time
 from collections.abc import Callable
 
 import zmq
@@ -75,9 +76,9 @@ def _serve(engine: EngineCore, inbox: zmq.Socket[bytes], send: _Send) -> None:
                 engine.shutdown()
                 return
             _take(engine, message, send)
-        outputs = engine.step()
-        if outputs is not None and len(outputs):
-            send(outputs.pack(engine.stats()))
+        for outputs in (engine.expire(time.perf_counter()), engine.step()):
+            if outputs is not None and len(outputs):
+                send(outputs.pack(engine.stats()))
 
 
 def _take(engine: EngineCore, message: Submit | Abort | Ping, send: _Send) -> None:

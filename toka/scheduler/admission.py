@@ -8,6 +8,7 @@ here says yes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,3 +88,19 @@ def policy_of(config: SchedulerConfig) -> AdmissionPolicy:
     if config.admission == "reserve_max":
         return ReserveForMax()
     return AdmitByForecast(config.watermark_blocks if config.track_early_stopping else 0)
+
+
+def fewest_to_preempt(num_candidates: int, suffices: Callable[[int], bool]) -> int | None:
+    """The least number of candidates that suffices, tried by doubling, then by halving the gap; None if not even all of them do.
+
+    suffices: whether so many of them would do; it stays true once it is.
+    """
+    too_few, enough = -1, 0
+    while not suffices(enough):
+        if enough == num_candidates:
+            return None
+        too_few, enough = enough, min(max(2 * enough, 1), num_candidates)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if suffices(middle) else (middle, enough)
+    return enough

@@ -25,6 +25,7 @@ class SchedulerConfig:
     admission: who may begin. "forecast": whoever fits over the whole life of all that run; "when_free": whoever finds blocks free
     for its prompt; "reserve_max": whoever fits if everybody ran to max_tokens at once.
     track_early_stopping: the forecast predicts output lengths from those seen; else it takes max_tokens and nobody is preempted.
+    retention: which cached block is overwritten first. "worth": the one worth least, see retention.py; "lru": the least recently used.
     early_stopping_margin: standard deviations that a predicted length is longer than the mean.
     use_hydragen: plans say which decode rows share a prefix. hydragen_min_group_size: rows that must share it.
     hydragen_min_prefix_len: tokens that it must have.
@@ -41,6 +42,7 @@ class SchedulerConfig:
     watermark: float = 0.01
     admission: Literal["forecast", "when_free", "reserve_max"] = "forecast"
     track_early_stopping: bool = True
+    retention: Literal["worth", "lru"] = "worth"
     early_stopping_margin: float = 0.25
     use_hydragen: bool = False
     hydragen_min_group_size: int = 32

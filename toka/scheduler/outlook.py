@@ -80,10 +80,11 @@ class Forecaster:
     ):
         self.config, self._table, self.shared, self._predictor = config, table, shared, predictor
 
-    def look(self, running: RunningRows, *, prefill_first: int = 0) -> Outlook:
+    def look(self, running: RunningRows, *, prefill_first: int = 0, settled: bool = False) -> Outlook:
         """As of the step being planned, its decode rows planned already.
 
-        prefill_first: tokens of a newcomer that go before those of the rows that prefill now.
+        prefill_first: tokens of a newcomer that go before those of the rows that prefill now. settled: take it that what the draining
+        rows hold is free already.
         """
         table, size, lag = self._table, self.config.block_size, self.config.steps_in_flight
         rows = np.concatenate((running.decodes, running.prefilling, running.draining))
@@ -104,7 +105,7 @@ class Forecaster:
         growth = np.zeros(len(rows), dtype=np.int64)
         growth[:num_running] = np.maximum(self._expected_ends(rows[:num_running]) - reached[:num_running], 0)
         release = latest - 1 + growth + lag
-        release[num_running:] = np.maximum(lag - running.drained_since, 1)
+        release[num_running:] = 0 if settled else np.maximum(lag - running.drained_since, 1)
         release_of_row = np.zeros(len(table.request_id), dtype=np.int64)
         release_of_row[rows] = release
         demand = Demand(room // size - self.shared.num_shared_blocks[rows], room - reached, begin, growth, release)
@@ -167,7 +168,7 @@ class Outlook:
         self._num_running = running.num_running
         self._release_of_row = release_of_row
         self._num_prefill = num_prefill
-        self._unreserved = running.num_free_blocks - int(demand.num_new_blocks(size).sum())
+        self._unreserved = int(self.forecast.num_free[0] - demand.num_new_blocks(size).sum())
         self._last_trial: _Trial | None = None
 
     def least_free_with(self, newcomer: Newcomer) -> int:

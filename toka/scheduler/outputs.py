@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from toka.messages import EngineStats, StepOutputs
+from toka.messages import EngineStats, FinishReason, StepOutputs
 from toka.plan import I32, I64
 
 
@@ -35,3 +35,14 @@ class TokenOutputs:
             cached=self.cached.tobytes(),
             stats=stats,
         )
+
+
+def ends_without_token(request_ids: list[int], reason: FinishReason) -> TokenOutputs:
+    """These requests end for this reason before they drew anything."""
+    num_ends = len(request_ids)
+    return TokenOutputs(
+        request_ids=np.array(request_ids, dtype=np.int64),
+        token_ids=np.full(num_ends, -1, dtype=np.int32),
+        finish=np.full(num_ends, reason, dtype=np.uint8),
+        cached=np.zeros(num_ends, dtype=np.int32),
+    )

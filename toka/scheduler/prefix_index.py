@@ -69,6 +69,7 @@ class PrefixIndex:
         self._block_of: dict[bytes, int] = {}
         self._key_of = np.full(num_blocks, None, dtype=np.object_)  # bytes, or None where the block has no key
         self._is_cached = np.zeros(num_blocks, dtype=np.bool_)
+        self._holds_output = np.zeros(num_blocks, dtype=np.bool_)
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -79,6 +80,14 @@ class PrefixIndex:
     def is_cached(self, blocks: I32) -> npt.NDArray[np.bool_]:
         """Whether each block can be found by its key; bool, shape of blocks."""
         return self._is_cached[blocks]
+
+    def mark_output(self, blocks: I32) -> None:
+        """These blocks hold generated tokens; those that are not cached are passed over."""
+        self._holds_output[blocks[self._is_cached[blocks]]] = True
+
+    def hold_output(self, blocks: I32) -> bool:
+        """Whether any of these cached blocks holds generated tokens: whoever finds it goes on with a conversation."""
+        return bool(self._holds_output[blocks].any())
 
     def longest_prefix(self, chain: KeyChain, max_blocks: int) -> I32:
         """The blocks that hold the first tokens of a request, as many as are known, at most max_blocks; int32."""
@@ -116,6 +125,7 @@ class PrefixIndex:
             del block_of[key]
         self._key_of[blocks] = None
         self._is_cached[blocks] = False
+        self._holds_output[blocks] = False
 
     def check_invariants(self) -> None:
         """Raise InvariantError unless the two directions of the map agree."""

@@ -9,8 +9,9 @@ and only once no step in flight touches them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from toka.errors import InvariantError
 from toka.messages import FinishReason
@@ -19,28 +20,49 @@ from toka.plan import I32
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.prefix_index import KeyChain
 from toka.scheduler.request_table import RequestTable
+from toka.scheduler.retention import worth_of
 from toka.scheduler.stop_predictor import class_of
+
+
+class Rank(NamedTuple):
+    """Who comes first: the lower priority number, then whoever has to begin earlier, then the earlier arrival.
+
+    due_s: when it should have begun at the latest, on the clock of Submit.arrival_s. arrival: a number of its own.
+    """
+
+    priority: int
+    due_s: float
+    arrival: int
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """What stays with a request through all its states.
 
-    rank: (priority, arrival), lower runs first. max_total_tokens: prompt + max_tokens. chain: keys of its full blocks.
+    rank: lower runs first. deadline_s: it ends if it has not begun by then, on the clock of Submit.arrival_s; infinity: never.
+    comes_back: it is a turn of a conversation, so that its blocks will be wanted again.
+    max_total_tokens: prompt + max_tokens. chain: keys of its full blocks.
     num_cached_tokens: prompt tokens found in the prefix cache at its first admission, -1 before.
     num_lost_tokens: tokens whose KV it gave up when it was preempted; whatever of them is not found again is recomputed.
     """
 
     request_id: int
-    rank: tuple[int, int]
+    rank: Rank
     sampling: SamplingParams
     stop_token_ids: tuple[int, ...]
     seed: int
     num_prompt_tokens: int
     max_total_tokens: int
     chain: KeyChain
+    deadline_s: float = math.inf
+    comes_back: bool = False
     num_cached_tokens: int = -1
     num_lost_tokens: int = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was admitted before, even if it was preempted since."""
+        return self.num_cached_tokens >= 0
 
     @property
     def stop_class(self) -> int:
@@ -88,6 +110,10 @@ class Waiting(_State):
     def abort(self) -> Finished:
         return Finished(self._consume().request_id, FinishReason.ABORT)
 
+    def expire(self) -> Finished:
+        """Its deadline has passed."""
+        return Finished(self._consume().request_id, FinishReason.EXPIRED)
+
 
 class Running(_State):
     """Owns a row and its blocks; may be in any plan."""
@@ -126,10 +152,11 @@ class Draining(_State):
             raise InvariantError(
                 f"row {self.row} settles at step {settled_step} while step {self.last_step} is in flight"
             )
-        request = self._consume()
-        tokens = table.tokens_of(self.row).copy() if self.reason is FinishReason.NONE else None
+        request, preempted = self._consume(), self.reason is FinishReason.NONE
+        tokens = table.tokens_of(self.row).copy() if preempted else None
         request.num_lost_tokens = int(table.num_computed_tokens[self.row])
-        pool.release(table.blocks_of(self.row)[::-1])
+        worth = worth_of(comes_back=request.comes_back or preempted, num_tokens=request.num_lost_tokens)
+        pool.release(table.blocks_of(self.row)[::-1], worth)
         table.give_up_row(self.row)
         if tokens is None:
             return Finished(request.request_id, self.reason)

@@ -28,7 +28,7 @@ Rows = npt.NDArray[np.intp]
 class RequestTable:
     """Columns, all of length M:
 
-    request_id int64; priority, arrival int64: the rank, lower runs first.
+    request_id int64; priority int64, due_s float64, arrival int64: the rank, lower runs first.
     num_prompt_tokens int32. num_cached_tokens int32: prompt tokens found in the prefix cache. max_total_tokens int32: prompt +
     max_tokens. stop_class int64: see stop_predictor. predicted_tokens int32: the output length expected at admission.
     num_tokens int32: tokens whose ids the host knows. num_computed_tokens int32: tokens whose KV is written once every
@@ -44,6 +44,7 @@ class RequestTable:
         self.block_size = config.block_size
         self.request_id = np.full(rows, -1, dtype=np.int64)
         self.priority = np.zeros(rows, dtype=np.int64)
+        self.due_s = np.zeros(rows, dtype=np.float64)
         self.arrival = np.zeros(rows, dtype=np.int64)
         self.num_prompt_tokens = np.zeros(rows, dtype=np.int32)
         self.stop_class = np.zeros(rows, dtype=np.int64)
@@ -141,8 +142,8 @@ class RequestTable:
         return lengths
 
     def by_rank(self, rows: Rows) -> Rows:
-        """Permutation of 0 .. R - 1 that puts the rows in rank order: priority, then arrival."""
-        return np.lexsort((self.arrival[rows], self.priority[rows]))
+        """Permutation of 0 .. R - 1 that puts the rows in rank order: priority, then due_s, then arrival."""
+        return np.lexsort((self.arrival[rows], self.due_s[rows], self.priority[rows]))
 
     def live_rows(self) -> Rows:
         """Rows that have an owner, running or draining; for checks, O(M)."""

@@ -26,13 +26,13 @@ import numpy.typing as npt
 from toka.errors import InvariantError, RequestError
 from toka.messages import EngineStats, FinishReason, Submit
 from toka.plan import I32, BatchPlan, BlockTableChanges, StepResult
-from toka.scheduler.admission import AdmissionPolicy, Load, policy_of
+from toka.scheduler.admission import AdmissionPolicy, Load, fewest_to_preempt, policy_of
 from toka.scheduler.batching import NONE_FILLED, Chunk, DecodeSet, Filled, StepInFlight
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.hydragen import GroupFinder
 from toka.scheduler.outlook import Forecaster, HeadProspect, Newcomer, Outlook, RunningRows
-from toka.scheduler.outputs import TokenOutputs
+from toka.scheduler.outputs import TokenOutputs, ends_without_token
 from toka.scheduler.plan_builder import (
     build_decode_plan,
     build_mixed_plan,
@@ -41,7 +41,7 @@ from toka.scheduler.plan_builder import (
 )
 from toka.scheduler.prefix_index import PrefixIndex
 from toka.scheduler.prefix_registrar import PrefixRegistrar
-from toka.scheduler.request import Draining, Finished, Live, Request, Running, Waiting
+from toka.scheduler.request import Draining, Finished, Live, Rank, Request, Running, Waiting
 from toka.scheduler.request_table import RequestTable, Rows
 from toka.scheduler.shared_prefix import SharedPrefixes
 from toka.scheduler.stop_predictor import StopPredictor
@@ -85,7 +85,7 @@ class Scheduler:
         self._table = RequestTable(config)
         self._index = PrefixIndex(config.num_blocks)
         self._registrar = PrefixRegistrar(self._table, self._index, enabled=config.prefix_cache)
-        self._pool = BlockPool(config.num_blocks, self._index)
+        self._pool = BlockPool(config.num_blocks, self._index, by_worth=config.retention == "worth")
         self._shared = SharedPrefixes(config.num_blocks, config.max_rows)
         self._groups = GroupFinder(config, self._shared) if config.use_hydragen else None
         tracks = config.admission == "forecast" and config.track_early_stopping
@@ -94,12 +94,13 @@ class Scheduler:
         self._outlook: Outlook | None = None  # of the step being planned, made when first asked for
         self._states: dict[int, Live] = {}  # by request id; what is over is not in it
         self._waiting = WaitingQueue()
-        self._prefilling: list[tuple[tuple[int, int], int]] = []  # (rank, row), in rank order
+        self._prefilling: list[tuple[Rank, int]] = []  # (rank, row), in rank order
         self._decodes = DecodeSet(np.empty(0, dtype=np.intp), self._table)
         self._draining: deque[int] = deque()  # rows in the order of the last steps that touch them
         self._owners: list[Running | Draining | None] = [None] * config.max_rows
         self._in_flight: deque[StepInFlight] = deque()
         self._blocked: _Blocked | None = None
+        self._way_made: tuple[Waiting, int] | None = None  # for whom, and before which step not again
         self._planned_step = 0  # the newest plan
         self._settled_step = 0  # the newest plan of which the result is in
         self._num_arrivals = 0
@@ -108,6 +109,7 @@ class Scheduler:
         self._num_cached_tokens = 0
         self._num_generated_tokens = 0
         self._num_preemptions = 0
+        self._num_preemptions_by_priority = 0
         self._num_recomputed_tokens = 0
 
     # ---------------------------------------------------------------------------------------------------- submit, abort
@@ -137,6 +139,13 @@ class Scheduler:
             self._table.drop_late_results(state.row)
             self._owners[state.row] = state.finish(FinishReason.ABORT)
 
+    def expire(self, now_s: float) -> TokenOutputs:
+        """End those that should have begun before now_s, on the clock of Submit.arrival_s; one entry each, without a token."""
+        expired = [waiting.expire().request_id for waiting in self._waiting.take_expired(now_s)]
+        for request_id in expired:
+            del self._states[request_id]
+        return ends_without_token(expired, FinishReason.EXPIRED)
+
     # ------------------------------------------------------------------------------------------------------------- plan
 
     def next_plan(self) -> BatchPlan | None:
@@ -144,6 +153,7 @@ class Scheduler:
         commit or submit."""
         if len(self._in_flight) >= self.config.steps_in_flight:
             return None
+        self._make_way()
         changes: list[BlockTableChanges] = []
         decodes, seq_lens, filled = self._plan_decodes(changes)
         chunks, admitted = self._plan_chunks(len(decodes), changes)
@@ -199,27 +209,78 @@ class Scheduler:
 
     def _preempt_for(self, needy: Rows) -> None:
         """Preempt from the end of the rank order until every needy row that still runs has a block free or soon to be free."""
-        table = self._table
-        running = np.concatenate((self._decodes.rows, np.array([row for _, row in self._prefilling], dtype=np.intp)))
+        running = self._running_rows()
         waiting_for_block = dict.fromkeys(needy.tolist())
-        for row in running[table.by_rank(running)][::-1].tolist():
+        for row in running[self._table.by_rank(running)][::-1].tolist():
             if len(waiting_for_block) <= self._pool.num_free + self._num_blocks_to_come():
                 return
             waiting_for_block.pop(row, None)
-            self._num_preemptions += 1
             if self._predictor is not None:
                 self._predictor.widen()
-            self._leave([row])
-            self._drain(self._running(row).preempt(self._planned_step))
-            self._settle()
+            self._preempt(row)
+
+    def _preempt(self, row: int) -> None:
+        self._num_preemptions += 1
+        self._leave([row])
+        self._drain(self._running(row).preempt(self._planned_step))
+        self._settle()
+
+    def _running_rows(self) -> Rows:
+        return np.concatenate((self._decodes.rows, np.array([row for _, row in self._prefilling], dtype=np.intp)))
 
     def _num_blocks_to_come(self) -> int:
         """Blocks that will be free once all draining rows have settled."""
-        if not self._draining:
-            return 0
-        held = np.concatenate([self._table.blocks_of(row) for row in self._draining])
-        blocks, counts = np.unique(held, return_counts=True)
-        return int(np.count_nonzero(self._pool.ref_counts(blocks) == counts))
+        return len(self._blocks_held_only_by(list(self._draining)))
+
+    def _blocks_held_only_by(self, rows: list[int]) -> I32:
+        if not rows:
+            return np.empty(0, dtype=np.int32)
+        blocks, counts = np.unique(np.concatenate([self._table.blocks_of(row) for row in rows]), return_counts=True)
+        only: I32 = blocks[self._pool.ref_counts(blocks) == counts]
+        return only
+
+    def _make_way(self) -> None:
+        """If the head of the queue cannot begin, preempt the fewest rows of a worse priority, from the end of the rank order, that
+        let it begin once they have settled; nobody if not even all of them would."""
+        head = self._waiting.head()
+        is_full = len(self._decodes) + len(self._prefilling) >= self.config.max_running
+        if head is None or not (is_full or (self._blocked is not None and self._blocked.head is head)):
+            return
+        if self._way_made is not None and self._way_made[0] is head and self._planned_step < self._way_made[1]:
+            return
+        running = self._running_rows()
+        worse = running[self._table.priority[running] > head.request.rank.priority]
+        if not len(worse):
+            return
+        worse = worse[self._table.by_rank(worse)][::-1]
+        newcomer, _ = self._newcomer(head)
+        num_preempted = fewest_to_preempt(
+            len(worse), lambda count: self._could_begin_without(worse[:count], running, newcomer)
+        )
+        for row in worse[:num_preempted].tolist() if num_preempted else ():
+            self._num_preemptions_by_priority += 1
+            self._preempt(row)
+        self._way_made = head, self._planned_step + max(self._admission.retry_steps, self.config.steps_in_flight)
+
+    def _could_begin_without(self, preempted: Rows, running: Rows, newcomer: Newcomer) -> bool:
+        """Whether this newcomer could begin if these rows and those that drain had settled."""
+        gone = np.concatenate((np.array(self._draining, dtype=np.intp), preempted))
+        freed = self._blocks_held_only_by(gone.tolist())
+        num_needed = newcomer.num_needed + int(np.count_nonzero(np.isin(newcomer.held, freed)))
+        load = Load(len(running) - len(preempted), self._pool.num_free + len(freed))
+        if load.num_running >= self.config.max_running or num_needed > load.num_free_blocks:
+            return False
+        prefilling = [row for _, row in self._prefilling]
+        rest = RunningRows(
+            decodes=self._decodes.rows[~np.isin(self._decodes.rows, preempted)],
+            prefilling=np.array(prefilling, dtype=np.intp)[~np.isin(prefilling, preempted)],
+            draining=gone,
+            drained_since=np.zeros(len(gone), dtype=np.int64),
+            num_free_blocks=self._pool.num_free,
+        )
+        look = self._forecaster.look
+        prospect = HeadProspect(lambda: look(rest, prefill_first=newcomer.num_missing, settled=True), newcomer)
+        return self._admission.admits(num_needed, load, prospect)
 
     def _plan_chunks(
         self, num_decodes: int, changes: list[BlockTableChanges]
@@ -233,7 +294,7 @@ class Scheduler:
         self._outlook = None
         while budget > 0:
             head = self._waiting.head() if may_admit else None
-            if running and (head is None or running[0][0][0] <= head.request.rank[0]):
+            if running and (head is None or running[0][0].priority <= head.request.rank.priority):
                 row = running.popleft()[1]
             elif head is not None:
                 request = head.request
@@ -261,34 +322,23 @@ class Scheduler:
 
     def _admit(self, head: Waiting) -> tuple[int, BlockTableChanges] | None:
         """Give the head of the queue a row and the blocks for all its tokens so far; None if it has to wait."""
-        table, pool, block_size = self._table, self._pool, self.config.block_size
+        table, pool = self._table, self._pool
         load = Load(len(self._decodes) + len(self._prefilling), pool.num_free)
         if load.num_running >= self.config.max_running or not table.num_free_rows or self._is_still_blocked(head, load):
             return None
         request, tokens = head.request, head.tokens
-        num_blocks, max_shared = -(-len(tokens) // block_size), (len(tokens) - 1) // block_size
-        if self.config.prefix_cache:
-            request.chain.extend(tokens, len(tokens) // block_size)
-        shared = self._index.longest_prefix(request.chain, max_shared)
+        newcomer, shared = self._newcomer(head)
+        num_blocks = -(-len(tokens) // self.config.block_size)
         num_fresh = num_blocks - len(shared)
-        held = pool.ref_counts(shared) > 0
-        num_needed = num_blocks - int(np.count_nonzero(held))
-        newcomer = Newcomer(
-            num_tokens=len(tokens),
-            num_cached=len(shared) * block_size,
-            num_needed=num_needed,
-            held=shared[held],
-            stop_class=request.stop_class,
-            arrival=request.rank[1],
-            num_prompt_tokens=request.num_prompt_tokens,
-            max_total_tokens=request.max_total_tokens,
-        )
         prospect = HeadProspect(lambda: self._look(request, newcomer), newcomer)
-        if num_needed > load.num_free_blocks or not self._admission.admits(num_needed, load, prospect):
-            missing = request.chain.keys_of(len(shared), max_shared)[:1]
+        if newcomer.num_needed > load.num_free_blocks or not self._admission.admits(
+            newcomer.num_needed, load, prospect
+        ):
+            missing = request.chain.keys_of(len(shared), self._max_shared(len(tokens)))[:1]
             retry_at = self._planned_step + self._admission.retry_steps
             self._blocked = _Blocked(head, num_fresh, missing[0] if missing else None, retry_at)
             return None
+        held = pool.ref_counts(shared) > 0
         pool.share(shared)
         fresh = pool.take(num_fresh)
         blocks = np.concatenate((shared, fresh))
@@ -305,10 +355,33 @@ class Scheduler:
         columns = np.arange(num_blocks, dtype=np.int32)
         return row, BlockTableChanges(np.full(num_blocks, row, dtype=np.int32), columns, blocks)
 
+    def _newcomer(self, head: Waiting) -> tuple[Newcomer, I32]:
+        """What the head of the queue would begin with, and the cached blocks of its prefix, int32."""
+        request, tokens, block_size = head.request, head.tokens, self.config.block_size
+        if self.config.prefix_cache:
+            request.chain.extend(tokens, len(tokens) // block_size)
+        shared = self._index.longest_prefix(request.chain, self._max_shared(len(tokens)))
+        held = shared[self._pool.ref_counts(shared) > 0]
+        newcomer = Newcomer(
+            num_tokens=len(tokens),
+            num_cached=len(shared) * block_size,
+            num_needed=-(-len(tokens) // block_size) - len(held),
+            held=held,
+            stop_class=request.stop_class,
+            arrival=request.rank.arrival,
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_total_tokens=request.max_total_tokens,
+        )
+        return newcomer, shared
+
+    def _max_shared(self, num_tokens: int) -> int:
+        """Blocks that a request of so many tokens may share: at least one token is left to compute."""
+        return (num_tokens - 1) // self.config.block_size
+
     def _look(self, request: Request, newcomer: Newcomer) -> Outlook:
         """The outlook that this request meets in the step being planned."""
         prefilling = self._prefilling
-        overtakes = bool(prefilling) and request.rank[0] < prefilling[-1][0][0]
+        overtakes = bool(prefilling) and request.rank.priority < prefilling[-1][0].priority
         if self._outlook is not None and not overtakes:
             return self._outlook
         draining = np.array(self._draining, dtype=np.intp)
@@ -341,7 +414,8 @@ class Scheduler:
 
     def _fill_row(self, row: int, request: Request, tokens: I32, blocks: I32, num_shared: int) -> None:
         table, num_computed = self._table, num_shared * self.config.block_size
-        if request.num_cached_tokens < 0:
+        if not request.has_begun:
+            request.comes_back |= self._index.hold_output(blocks[:num_shared])
             request.num_cached_tokens = num_computed
             self._num_prompt_tokens += request.num_prompt_tokens
             self._num_cached_tokens += num_computed
@@ -349,7 +423,7 @@ class Scheduler:
         table.num_prompt_tokens[row] = request.num_prompt_tokens
         table.stop_class[row] = request.stop_class
         table.request_id[row] = request.request_id
-        table.priority[row], table.arrival[row] = request.rank
+        table.priority[row], table.due_s[row], table.arrival[row] = request.rank
         table.num_cached_tokens[row] = request.num_cached_tokens
         table.max_total_tokens[row] = request.max_total_tokens
         table.num_tokens[row] = len(tokens)
@@ -362,7 +436,7 @@ class Scheduler:
         if self._predictor is not None:
             table.predicted_tokens[row] = self._predictor.predict_one(
                 request.stop_class,
-                request.rank[1],
+                request.rank.arrival,
                 len(tokens) - request.num_prompt_tokens,
                 request.max_total_tokens - request.num_prompt_tokens,
             )
@@ -461,6 +535,9 @@ class Scheduler:
             self._shared.leave(row)
             if self._predictor is not None and owner.reason is not FinishReason.NONE:
                 self._learn_from(row)
+            self._index.mark_output(
+                self._table.blocks_of(row)[owner.request.num_prompt_tokens // self.config.block_size :]
+            )
             request_id = owner.request.request_id
             after = owner.settle(self._settled_step, self._table, self._pool)
             self._owners[row] = None
@@ -491,6 +568,11 @@ class Scheduler:
     def num_recomputed_tokens(self) -> int:
         """Tokens computed once more since their request was preempted, all in all."""
         return self._num_recomputed_tokens
+
+    @property
+    def num_preemptions_by_priority(self) -> int:
+        """Preemptions, among all, that made way for a request of better priority."""
+        return self._num_preemptions_by_priority
 
     def stats(self) -> EngineStats:
         """Gauges and counters, as they stand between calls."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from toka.errors import RequestError
 from toka.messages import Submit, unpack_tokens
 from toka.params import MAX_STOP_TOKEN_IDS
 from toka.plan import I32
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.prefix_index import KeyChain
-from toka.scheduler.request import Request, Waiting
+from toka.scheduler.request import Rank, Request, Waiting
 from toka.scheduler.request_table import MAX_STOP_IDS_PER_ROW
+
+PATIENCE_S = 60.0  # a request without a deadline takes its turn as if it had this one, so that deadlines starve nobody
 
 
 def samples_of(submit: Submit, config: SchedulerConfig, secret: bytes, first_arrival: int) -> list[Waiting]:
@@ -21,6 +25,7 @@ def samples_of(submit: Submit, config: SchedulerConfig, secret: bytes, first_arr
     _check(submit, prompt, config)
     sampling = submit.sampling
     max_tokens = config.max_tokens_per_request - len(prompt) if sampling.max_tokens is None else sampling.max_tokens
+    due_s = submit.arrival_s + min(submit.deadline_s, PATIENCE_S)
     chain = KeyChain(secret, submit.cache_salt, config.block_size)
     if config.prefix_cache:
         chain.extend(prompt, len(prompt) // config.block_size)
@@ -28,7 +33,9 @@ def samples_of(submit: Submit, config: SchedulerConfig, secret: bytes, first_arr
         Waiting(
             Request(
                 request_id=submit.request_id + sample,
-                rank=(submit.priority, first_arrival + sample),
+                rank=Rank(submit.priority, due_s, first_arrival + sample),
+                deadline_s=submit.arrival_s + submit.deadline_s,
+                comes_back=bool(submit.session_id),
                 sampling=sampling,
                 stop_token_ids=submit.stop_token_ids,
                 seed=submit.seed + sample,
@@ -57,6 +64,10 @@ def _check(submit: Submit, prompt: I32, config: SchedulerConfig) -> None:
         )
     if not -(2**63) <= submit.priority < 2**63:
         raise RequestError(f"priority must fit in 64 bits, got {submit.priority}.", "priority")
+    if not math.isfinite(submit.arrival_s):
+        raise RequestError(f"arrival_s must be a finite number, got {submit.arrival_s}.", "arrival_s")
+    if not submit.deadline_s > 0.0:
+        raise RequestError(f"deadline_s must be above 0, got {submit.deadline_s}.", "deadline_s")
     if sampling.min_tokens > limit - len(prompt):
         raise RequestError(
             f"min_tokens is {sampling.min_tokens}, the context has room for {limit - len(prompt)} after the prompt.",

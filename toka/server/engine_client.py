@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -101,8 +102,10 @@ class EngineClient:
         stop_token_ids: tuple[int, ...],
         cache_salt: str = "",
         priority: int = 0,
+        session_id: str = "",
+        deadline_s: float = math.inf,
     ) -> None:
-        """Send one Submit per prompt; the results go to generation.samples.
+        """Send one Submit per prompt; the results go to generation.samples. deadline_s: seconds from the generation's start.
 
         Raises CapacityError (503) before the engine is ready, EngineDeadError after it died.
         """
@@ -125,6 +128,9 @@ class EngineClient:
                     seed=secrets.randbits(62) if params.seed is None else params.seed,
                     cache_salt=cache_salt,
                     priority=priority,
+                    session_id=session_id,
+                    arrival_s=generation.start_time,
+                    deadline_s=deadline_s,
                 )
             )
 

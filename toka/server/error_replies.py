@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from toka.errors import CapacityError, EngineDeadError, RequestError, TokaError
 from toka.server.engine_client import RETRY_AFTER_S
-from toka.server.generation import SampleFailedError
+from toka.server.generation import DeadlineError, SampleFailedError
 from toka.server.schemas import ErrorDetail, ErrorReply
 
 _TYPES = {
@@ -34,6 +34,8 @@ def error_detail(error: Exception) -> tuple[int, ErrorDetail, dict[str, str]]:
         return _reply(error.status, error.message, None, "overloaded", retry_after_s=error.retry_after_s)
     if isinstance(error, SampleFailedError):
         return _reply(500, str(error), None, "sample_failed", retry_after_s=None)
+    if isinstance(error, DeadlineError):
+        return _reply(503, str(error), "deadline_s", "deadline_exceeded", retry_after_s=None)
     if isinstance(error, EngineDeadError):
         return _reply(503, str(error), None, "engine_dead", retry_after_s=RETRY_AFTER_S)
     if isinstance(error, HTTPException):

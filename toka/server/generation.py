@@ -34,6 +34,10 @@ class SampleFailedError(TokaError):
     """The engine could not go on with a sample (HTTP 500)."""
 
 
+class DeadlineError(TokaError):
+    """A sample could not begin within the time that its client gave it (HTTP 503)."""
+
+
 class Sample:
     """One choice of a request, from the first token to the last."""
 
@@ -72,6 +76,9 @@ class Sample:
         text = self._generated.take(token_id, finish)
         if finish == FinishReason.ERROR:
             generation.fail(SampleFailedError("The engine could not go on with this request."))
+            return True
+        if finish == FinishReason.EXPIRED:
+            generation.fail(DeadlineError("The request's deadline_s passed before it could begin: the server is busy."))
             return True
         if text:
             self._pieces.append(text)

@@ -42,7 +42,21 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     ignore_eos: Annotated[bool, Meta(description="Go on past the model's end-of-sequence tokens.")] = False
     min_tokens: Annotated[int, Meta(description="No stop before so many tokens.")] = 0
     cache_salt: Annotated[str, Meta(description="Share cached prefixes only under the same salt.")] = ""
-    priority: Annotated[int, Meta(description="Lower runs earlier.")] = 0
+    priority: Annotated[int, Meta(description="Lower runs earlier, and in place of higher ones that run.")] = 0
+    deadline_s: (
+        Annotated[
+            float,
+            Meta(
+                description="Seconds within which the request must begin to run, or it is refused with 503; within a priority, the "
+                "earliest deadline goes first."
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    session_id: Annotated[
+        str,
+        Meta(description="The same for all turns of a conversation: its cached prefix is kept longer between them."),
+    ] = ""
     user: Annotated[str, Meta(description="A label; changes nothing.")] = ""
     safety_identifier: Annotated[str, Meta(description="A label; changes nothing.")] = ""
     stream: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ VERSION = version("toka")
 DEFAULT_MODEL = "default"
 MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_CHARS = 1024
+MAX_SESSION_ID_CHARS = 256
+MAX_DEADLINE_S = 86400.0
 _INLINE_CHARS = 4096  # a longer text is tokenized in a thread, so that the streams of others do not wait
 
 
@@ -151,6 +154,8 @@ class Serving:
             stop_token_ids=self._stop_token_ids(sampling),
             cache_salt=fields.cache_salt,
             priority=_in_range(fields.priority, "priority", -(2**31), 2**31 - 1),
+            session_id=_session_id(fields),
+            deadline_s=_deadline_s(fields),
         )
         return generation
 
@@ -224,6 +229,23 @@ def _fit(sampling: SamplingParams, num_prompt_tokens: int, limit: int, prompt_pa
             code="context_length_exceeded",
         )
     return msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens or room).check()
+
+
+def _session_id(fields: GenerationFields) -> str:
+    if len(fields.session_id) > MAX_SESSION_ID_CHARS:
+        raise RequestError(f"session_id is longer than {MAX_SESSION_ID_CHARS} characters.", "session_id")
+    return fields.session_id
+
+
+def _deadline_s(fields: GenerationFields) -> float:
+    if fields.deadline_s is UNSET:
+        return math.inf
+    if not 0.0 < fields.deadline_s <= MAX_DEADLINE_S:
+        raise RequestError(
+            f"deadline_s must be above 0 and at most {MAX_DEADLINE_S:g} seconds, got {fields.deadline_s:g}.",
+            "deadline_s",
+        )
+    return fields.deadline_s
 
 
 def _in_range(value: int, param: str, low: int, high: int) -> int:

@@ -14,6 +14,7 @@ _REASON_WORDS = {
     FinishReason.LENGTH: "length",
     FinishReason.ABORT: "abort",
     FinishReason.ERROR: "error",
+    FinishReason.EXPIRED: "error",
 }
 
 

@@ -8,6 +8,7 @@ and each request's output is compared with what the same model says of the reque
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class Wanted:
     stop_ids: tuple[int, ...]
     max_tokens: int
     min_tokens: int
+    deadline_s: float = math.inf
     got: list[int] = field(default_factory=list)
     finish: FinishReason = FinishReason.NONE
     cached: int = -1
@@ -129,6 +131,7 @@ class Simulation:
         self.live: dict[int, Wanted] = {}
         self.done: dict[int, Wanted] = {}
         self.written: set[int] = set()  # slots written since their block was last leased
+        self.now_s = 0.0
         self.next_id = 1
         self.num_events = 0
         self.num_planned_tokens = 0
@@ -145,8 +148,10 @@ class Simulation:
         stop_ids: tuple[int, ...] = (),
         salt: str = "",
         priority: int = 0,
+        session_id: str = "",
+        deadline_s: float = math.inf,
     ) -> list[int]:
-        """Submit; returns the samples' ids. RequestError goes through, with nothing queued."""
+        """Submit now; returns the samples' ids. RequestError goes through, with nothing queued."""
         first = self.next_id
         sampling = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens)
         self.scheduler.submit(
@@ -158,6 +163,9 @@ class Simulation:
                 seed=first * 1000,
                 cache_salt=salt,
                 priority=priority,
+                session_id=session_id,
+                arrival_s=self.now_s,
+                deadline_s=deadline_s,
             )
         )
         self.next_id += n
@@ -166,7 +174,9 @@ class Simulation:
         for i, request_id in enumerate(ids):
             seed = first * 1000 + i
             salt_number = self.salt_of_seed[seed] = mix(7, int.from_bytes(salt.encode(), "little"))
-            self.live[request_id] = Wanted(prompt, seed, salt_number, stop_ids, limit, min_tokens)
+            self.live[request_id] = Wanted(
+                prompt, seed, salt_number, stop_ids, limit, min_tokens, self.now_s + deadline_s
+            )
         self.check()
         return ids
 
@@ -177,6 +187,23 @@ class Simulation:
             wanted.finish = FinishReason.ABORT
             self.done[request_id] = wanted
         self.check()
+
+    def expire(self, seconds: float) -> list[int]:
+        """Let so much time pass; returns who ended by it."""
+        self.now_s += seconds
+        late = {i for i, w in self.live.items() if w.deadline_s < self.now_s and not self.has_begun(i)}
+        outputs = self.scheduler.expire(self.now_s)
+        expired: list[int] = outputs.request_ids.tolist()
+        assert set(expired) == late and len(expired) == len(late)
+        assert set(outputs.finish.tolist()) <= {FinishReason.EXPIRED} and set(outputs.token_ids.tolist()) <= {-1}
+        for request_id in expired:
+            self.done[request_id] = self.live.pop(request_id)
+            self.done[request_id].finish = FinishReason.EXPIRED
+        self.check()
+        return expired
+
+    def has_begun(self, request_id: int) -> bool:
+        return self.scheduler._states[request_id].request.has_begun
 
     def plan(self) -> BatchPlan | None:
         plan = self.scheduler.next_plan()
@@ -309,6 +336,7 @@ def random_walk(seed: int, num_events: int) -> Simulation:
         use_hydragen=rng.random() < 0.5,
         hydragen_min_group_size=rng.choice([2, 2, 3]),
         hydragen_min_prefix_len=rng.choice([1, 8]),
+        retention=rng.choice(["worth", "worth", "lru"]),
     )
     config, limit = simulation.config, simulation.config.max_tokens_per_request
     common = [rng.randrange(VOCAB) for _ in range(limit)]
@@ -327,8 +355,12 @@ def random_walk(seed: int, num_events: int) -> Simulation:
                 stop_ids=rng.choice([(), (3,), (1, 5, 9)]),
                 salt=rng.choice(["", "", "a", "b"]),
                 priority=rng.choice([0, 0, 0, 1, -1]),
+                session_id=rng.choice(["", "", "chat"]),
+                deadline_s=rng.choice([math.inf, math.inf, 3.0, 50.0]),
             )
-        elif event < 0.18 and simulation.live:
+        elif event < 0.16:
+            simulation.expire(rng.random())
+        elif event < 0.19 and simulation.live:
             simulation.abort(rng.choice(list(simulation.live)))
         elif event < 0.6:
             simulation.plan()

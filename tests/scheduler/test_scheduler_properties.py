@@ -1,13 +1,15 @@
 """Random traffic against the laws: whatever order submits, aborts, plans and commits come in, on pools that are too small.
 
 The laws are in conftest.py and looked at after every event: conservation of rows and blocks, no slot written twice, no block
-free that a step in flight touches, each output the one of its request alone, an end for everybody. TOKA_TEST_SCHEDULER_EVENTS
+free that a step in flight touches, each output the one of its request alone, deadlines ending those and only those who had not
+begun by then, an end for everybody. TOKA_TEST_SCHEDULER_EVENTS
 sets how many events are tried, 200,000 by default: most of them in days of random traffic, which are cheap, the rest chosen
 by Hypothesis, which shrinks what fails.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,8 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from toka.messages import FinishReason
+
 NUM_EVENTS = int(os.environ.get("TOKA_TEST_SCHEDULER_EVENTS", "200000"))
 CHOSEN_SHARE = 0.1
 STEPS_PER_EXAMPLE = 60
@@ -23,15 +27,17 @@ EVENTS_PER_EXAMPLE = 250  # at least; a step of it is several events
 
 
 def test_random_days_of_traffic(walk: Callable[[int, int], Any]) -> None:
-    num_events = preemptions = cached = seed = 0
+    num_events = preemptions = by_priority = cached = expired = seed = 0
     while num_events < (1 - CHOSEN_SHARE) * NUM_EVENTS:
         simulation = walk(seed, 300)
         stats = simulation.scheduler.stats()
         num_events += simulation.num_events
         preemptions += stats.preemptions_total
+        by_priority += simulation.scheduler.num_preemptions_by_priority
         cached += stats.cached_prompt_tokens_total
+        expired += sum(wanted.finish is FinishReason.EXPIRED for wanted in simulation.done.values())
         seed += 1
-    assert preemptions > 0 and cached > 0, "the traffic did not press the pool"
+    assert preemptions > by_priority > 0 and cached > 0 and expired > 0, "the traffic did not press the pool"
 
 
 def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
@@ -54,6 +60,7 @@ def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
             use_hydragen=st.booleans(),
             hydragen_min_group_size=st.integers(1, 3),
             hydragen_min_prefix_len=st.sampled_from([1, 6]),
+            retention=st.sampled_from(["worth", "lru"]),
         )
         def start(self, **config: Any) -> None:
             self.simulation = new_simulation(**config)
@@ -64,8 +71,19 @@ def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
             stop_ids=st.sampled_from([(), (3,), (1, 5, 9)]),
             salt=st.sampled_from(["", "a"]),
             priority=st.integers(-1, 1),
+            session_id=st.sampled_from(["", "chat"]),
+            deadline_s=st.sampled_from([math.inf, 2.0, 5.0]),
         )
-        def submit(self, data: st.DataObject, n: int, stop_ids: tuple[int, ...], salt: str, priority: int) -> None:
+        def submit(
+            self,
+            data: st.DataObject,
+            n: int,
+            stop_ids: tuple[int, ...],
+            salt: str,
+            priority: int,
+            session_id: str,
+            deadline_s: float,
+        ) -> None:
             limit = self.simulation.config.max_tokens_per_request
             length = data.draw(st.integers(1, limit - 1))
             tail = data.draw(st.integers(0, 2))  # few different prompts, so that prefixes meet
@@ -81,7 +99,13 @@ def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
                 stop_ids=stop_ids,
                 salt=salt,
                 priority=priority,
+                session_id=session_id,
+                deadline_s=deadline_s,
             )
+
+        @rule(seconds=st.sampled_from([0.0, 1.0, 3.0]))
+        def expire(self, seconds: float) -> None:
+            self.simulation.expire(seconds)
 
         @precondition(lambda self: self.simulation.live)
         @rule(data=st.data())

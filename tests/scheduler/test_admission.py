@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toka.scheduler.admission import AdmitByForecast, AdmitWhenFree, Load, ReserveForMax, policy_of
+from toka.scheduler.admission import AdmitByForecast, AdmitWhenFree, Load, ReserveForMax, fewest_to_preempt, policy_of
 from toka.scheduler.config import SchedulerConfig
 
 NewSimulation = Callable[..., Any]
@@ -123,3 +123,16 @@ def test_a_stop_noticed_late_costs_no_more_than_the_steps_in_flight(
     assert num_wanted <= simulation.num_drawn <= num_wanted + num_stopped * (steps_in_flight - 1)
     if steps_in_flight > 1:
         assert simulation.num_drawn > num_wanted
+
+
+@pytest.mark.parametrize("num_candidates", [0, 1, 2, 3, 7, 8, 100])
+def test_fewest_to_preempt_is_the_least_that_suffices(num_candidates: int) -> None:
+    for least in range(num_candidates + 2):
+        asked: list[int] = []
+
+        def suffices(count: int, least: int = least, asked: list[int] = asked) -> bool:
+            asked.append(count)
+            return count >= least
+
+        assert fewest_to_preempt(num_candidates, suffices) == (least if least <= num_candidates else None)
+        assert len(asked) == len(set(asked)) <= 2 * num_candidates.bit_length() + 2

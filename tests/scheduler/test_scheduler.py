@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from toka.errors import InvariantError, RequestError
 from toka.messages import FinishReason, unpack_tokens
 from toka.plan import StepResult
 from toka.scheduler.admission import Load, Prospect
+from toka.scheduler.submission import PATIENCE_S
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 ROOMY: dict[str, Any] = {"num_blocks": 64, "block_size": 4, "max_request_tokens": 60, "max_seqs_per_forward": 8}
@@ -171,6 +173,113 @@ def test_priority_then_arrival_decides_who_begins(new_simulation: NewSimulation)
     assert list(simulation.done) == [order[3], order[1], order[2], order[0]]
 
 
+def test_within_a_priority_the_earliest_deadline_goes_first(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**{**ROOMY, "max_seqs_per_forward": 1})
+    deadlines = (math.inf, 30.0, 20.0, math.inf)
+    ids = [simulation.submit([i + 1], max_tokens=2, deadline_s=deadline)[0] for i, deadline in enumerate(deadlines)]
+    simulation.finish()
+    assert list(simulation.done) == [ids[2], ids[1], ids[0], ids[3]]
+
+
+def test_a_deadline_overtakes_only_for_so_long(new_simulation: NewSimulation) -> None:
+    """A request without a deadline that waits for more than the scheduler's patience goes before new ones that have one."""
+    simulation = new_simulation(**{**ROOMY, "max_seqs_per_forward": 1})
+    [patient] = simulation.submit([1], max_tokens=2)
+    simulation.now_s = PATIENCE_S
+    [urgent] = simulation.submit([2], max_tokens=2, deadline_s=1.0)
+    simulation.finish()
+    assert list(simulation.done) == [patient, urgent]
+
+
+def test_who_has_not_begun_by_its_deadline_ends_and_who_has_goes_on(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**{**ROOMY, "max_seqs_per_forward": 1})
+    [running] = simulation.submit([1], max_tokens=9, deadline_s=1.0)
+    simulation.step()
+    ids = simulation.submit([2], max_tokens=2, n=2, deadline_s=2.0)
+    [later] = simulation.submit([3], max_tokens=2, deadline_s=3.0)
+    assert simulation.expire(2.0) == []  # not past it yet
+    assert simulation.expire(0.5) == ids
+    simulation.finish()
+    assert [simulation.done[i].finish for i in (running, *ids, later)] == [
+        FinishReason.LENGTH, FinishReason.EXPIRED, FinishReason.EXPIRED, FinishReason.LENGTH,
+    ]  # fmt: skip
+
+
+def test_a_preempted_request_does_not_expire(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**{**ROOMY, "max_seqs_per_forward": 1})
+    [first] = simulation.submit([1, 2, 3], max_tokens=9, deadline_s=1.0)
+    simulation.step()
+    [urgent] = simulation.submit([4, 5], max_tokens=30, priority=-1)
+    for _ in range(6):
+        simulation.step()
+    assert simulation.scheduler.stats().preemptions_total == 1
+    assert simulation.expire(10.0) == []
+    simulation.finish()
+    assert list(simulation.done) == [urgent, first]
+
+
+@pytest.mark.parametrize(("admission", "num_preempted"), [("when_free", 0), ("forecast", 2), ("reserve_max", 2)])
+def test_an_urgent_request_preempts_just_as_many_as_it_needs(
+    new_simulation: NewSimulation, admission: str, num_preempted: int
+) -> None:
+    simulation = new_simulation(
+        num_blocks=40, block_size=4, max_request_tokens=60, watermark=0.0, admission=admission, prefix_cache=False
+    )
+    ids = [simulation.submit([i] * 20, max_tokens=20)[0] for i in range(4)]  # ten blocks each at the end, all there are
+    simulation.step()
+    [urgent] = simulation.submit([9] * 48, max_tokens=12, priority=-1)  # twelve at once, fifteen at the end
+    for _ in range(8):
+        simulation.step()
+    assert len(simulation.live[urgent].got) > 0, "it did not begin"
+    assert simulation.scheduler.num_preemptions_by_priority == num_preempted
+    simulation.finish()
+    assert list(simulation.done) == [urgent, *ids]
+
+
+def test_an_urgent_request_that_finds_the_batch_full_takes_the_place_of_the_last(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**{**ROOMY, "max_seqs_per_forward": 2, "max_tokens_per_forward": 2})
+    ids = [simulation.submit([i], max_tokens=9, priority=1)[0] for i in range(2)]
+    for _ in range(3):
+        simulation.step()
+    [urgent] = simulation.submit([5], max_tokens=2, priority=0)
+    simulation.finish()
+    assert list(simulation.done) == [urgent, *ids]
+    assert simulation.scheduler.num_preemptions_by_priority == 1
+
+
+def test_nobody_is_preempted_for_an_equal_or_where_it_would_not_help(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(num_blocks=20, block_size=4, max_request_tokens=60, watermark=0.0)
+    [best] = simulation.submit([1] * 40, max_tokens=20, priority=-2)  # fifteen blocks at the end
+    [worse] = simulation.submit([2] * 8, max_tokens=8, priority=1)
+    simulation.step()
+    [equal] = simulation.submit([3] * 8, max_tokens=8, priority=1)
+    [large] = simulation.submit([4] * 40, max_tokens=8, priority=-1)  # does not fit beside the best
+    simulation.finish()
+    assert simulation.scheduler.num_preemptions_by_priority == 0
+    assert next(iter(simulation.done)) == worse and set(simulation.done) == {best, worse, equal, large}
+
+
+def test_what_a_conversation_left_outlives_what_came_after_it(new_simulation: NewSimulation) -> None:
+    """With a session id from the first turn on; without one from the turn on that found the output of the one before."""
+
+    def cached_in_turn(session_id: str, num_turns: int, retention: str) -> int:
+        simulation = new_simulation(num_blocks=24, block_size=4, max_request_tokens=80, retention=retention)
+        tokens = list(PROMPT)
+        for turn in range(num_turns):
+            [request_id] = simulation.submit(tokens, max_tokens=4, session_id=session_id)
+            simulation.finish()
+            tokens += [*simulation.done[request_id].got, 1, 2]
+            for other in range(4 if turn == num_turns - 2 else 0):  # they fill the pool nearly twice
+                simulation.submit([11 + other] * 38, max_tokens=2)
+                simulation.finish()
+        return simulation.done[request_id].cached
+
+    assert cached_in_turn("chat", 2, "worth") == 12
+    assert cached_in_turn("", 2, "worth") == 0
+    assert cached_in_turn("", 3, "worth") == 16
+    assert cached_in_turn("chat", 3, "lru") == 0
+
+
 def test_an_urgent_prompt_goes_before_the_rest_of_another(new_simulation: NewSimulation) -> None:
     simulation = new_simulation(**ROOMY, max_tokens_per_forward=4)
     simulation.submit(PROMPT, max_tokens=1)
@@ -293,6 +402,8 @@ def test_an_aborted_id_can_be_used_again_at_once(new_simulation: NewSimulation) 
         ({"prompt": [1] * 58, "max_tokens": None, "min_tokens": 3}, "min_tokens"),
         ({"prompt": [1], "n": 0}, "n"),
         ({"prompt": [1], "priority": 2**63}, "priority"),
+        ({"prompt": [1], "deadline_s": 0.0}, "deadline_s"),
+        ({"prompt": [1], "deadline_s": math.nan}, "deadline_s"),
         ({"prompt": [1], "stop_ids": tuple(range(33))}, "stop_token_ids"),
         ({"prompt": [1], "stop_ids": tuple(range(17)), "min_tokens": 1}, "stop_token_ids"),
     ],

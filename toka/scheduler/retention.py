@@ -19,7 +19,7 @@ from toka.plan import I32, I64
 
 ORDINARY = 0  # seen once so far
 FOUND_AGAIN = 1  # at least: it was found by another request after it had been free
-COMES_BACK = 2  # part of a conversation that goes on, or of a request that was preempted
+COMES_BACK = 3  # part of a conversation that goes on, or of a request that was preempted
 # Attention makes a token at position p of a prefix cost about 1 + p / (6 * hidden size) of what one at its start does: for the hidden
 # sizes of today's models, twice and more from such lengths on.
 LONG_PREFIX_TOKENS = (8192, 32768)

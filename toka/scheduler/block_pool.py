@@ -16,6 +16,8 @@ from toka.plan import I32
 from toka.scheduler.prefix_index import PrefixIndex
 from toka.scheduler.retention import FOUND_AGAIN, ORDINARY, RetentionQueues
 
+_EVICTED_TOGETHER = 16
+
 
 class BlockPool:
     """num_blocks blocks with reference counts, all operations vectorised over blocks.
@@ -53,13 +55,14 @@ class BlockPool:
         return blocks
 
     def keep_blank(self, wanted: int, max_evicted: int) -> None:
-        """Evict cached blocks, at most max_evicted of them, while fewer than `wanted` free ones are without content.
+        """Evict some cached blocks if clearly fewer than `wanted` free ones are without content.
 
-        A little at a time before they are needed, so that no single `take` has to evict many.
+        That is before they are needed, so that no single `take` has to evict many; max_evicted at a time or a small batch, if
+        that is more, since evicting a few costs as much as one.
         """
-        count = min(wanted - self._num_blank, max_evicted, len(self._cached))
-        if count > 0:
-            self._push_blank(self._evict(count)[::-1])
+        count = max(max_evicted, min(wanted, _EVICTED_TOGETHER))
+        if 0 < count <= wanted - self._num_blank and len(self._cached):
+            self._push_blank(self._evict(min(count, len(self._cached)))[::-1])
 
     def _evict(self, count: int) -> I32:
         evicted = self._cached.pop(count)

@@ -25,6 +25,8 @@ COMES_BACK = 3  # part of a conversation that goes on, or of a request that was 
 LONG_PREFIX_TOKENS = (8192, 32768)
 _NUM_WORTHS = COMES_BACK + len(LONG_PREFIX_TOKENS) + 1
 
+_NEVER = np.iinfo(np.int64).max
+_HOLES_AT_ONCE = 64
 _QUEUE_SLACK = 2  # a queue holds so many times num_blocks entries before holes are squeezed out
 
 
@@ -97,27 +99,23 @@ class RetentionQueues:
 
     def _first_due(self) -> tuple[int, int]:
         """The queue whose head is due first, and when that of the next queue is (or the end of time)."""
-        first, first_due, next_due = -1, np.iinfo(np.int64).max, np.iinfo(np.int64).max
+        first, first_due, next_due = -1, _NEVER, _NEVER
         for worth in range(_NUM_WORTHS):
-            if self._skip_holes(worth):
-                due = int(self._due[self._heads[worth]])
+            if self._has_any(worth):
+                due = self._due.item(self._heads[worth])
                 if due < first_due:
                     first, first_due, next_due = worth, due, first_due
                 elif due < next_due:
                     next_due = due
         return first, next_due
 
-    def _skip_holes(self, worth: int) -> bool:
-        """Bring the queue's head to a block; False if it has none."""
-        head, tail, length = self._heads[worth], self._tails[worth], 1
-        while head < tail:
-            places = np.arange(head, min(head + length, tail))
+    def _has_any(self, worth: int) -> bool:
+        """Bring the queue's head to a block, past holes; False if it has none."""
+        head, tail = self._heads[worth], self._tails[worth]
+        while head < tail and self._place.item(self._entries.item(head)) != head:
+            places = np.arange(head, min(head + _HOLES_AT_ONCE, tail))
             counts = self._place[self._entries[places]] == places
-            if counts.any():
-                head += int(counts.argmax())
-                break
-            head += len(places)
-            length = 64
+            head += int(counts.argmax()) if counts.any() else len(places)
         self._heads[worth] = head
         return head < tail
 
@@ -125,7 +123,7 @@ class RetentionQueues:
         """Blocks of this queue's next `count` entries that are due by `until`."""
         head = self._heads[worth]
         stop = min(head + count, self._tails[worth])
-        if int(self._due[stop - 1]) > until:
+        if until < _NEVER and self._due.item(stop - 1) > until:
             stop = head + int(np.searchsorted(self._due[head:stop], until, side="right"))
         entries = self._entries[head:stop]
         self._heads[worth] = stop

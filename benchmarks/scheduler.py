@@ -6,8 +6,8 @@ core = next_plan + commit, total = with stats and the packed message; µs per st
 prefill, one step planned ahead. `rows` and `context` count on a pool of blank blocks, `rows_cached_pool` on one full of cached blocks,
 where each new block evicts one. The rows move in step, the worst case: all of them begin a block in the same step, every block_size steps.
 
-forecast_us: the free blocks of every future step until all running requests end, their lengths predicted, a quarter of their blocks
-shared by 32 or 64 each, and what one newcomer changes in it; median. shared_prefix_us: with 1,024 rows in groups of 32 and 64 at two
+forecast_us: the free blocks of every future step until all running requests end, their lengths predicted, sixteen blocks of each
+shared by 128 or 256 rows, and what one newcomer changes in it; median. shared_prefix_us: with 1,024 rows in groups of 128 and 256 at two
 levels, 8 of which end and 8 begin in every step (so that each draws 128 tokens), what it costs a step to keep up who shares what and to
 find the groups for Hydragen; median. Results as JSON, last line.
 """
@@ -38,7 +38,7 @@ from toka.scheduler.stop_predictor import StopPredictor, class_of
 BLOCK_SIZE, PROMPT_TOKENS, OUTPUT_TOKENS = 16, 512, 128
 ROWS = (1, 64, 256, 1024, 4096, 8192)
 CONTEXTS, CONTEXT_ROWS = (512, 4096, 16384), 256
-FORECAST_ROWS, SHARED_PREFIX_ROWS, ROWS_PER_GROUP = (1024, 8192), 1024, 32
+FORECAST_ROWS, SHARED_PREFIX_ROWS, ROWS_PER_GROUP = (1024, 8192), 1024, 128
 VOCAB_SIZE, END_TOKEN = 32000, 2
 
 

@@ -8,7 +8,7 @@ and makes new ones of blocks that one row held alone so far. The cost is that of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +18,20 @@ from toka.plan import I32, I64
 from toka.scheduler.request_table import Rows
 
 NO_RUN = -1
+_NO_ROWS = np.empty(0, dtype=np.intp)
 
 
 @dataclass(slots=True)
 class _Run:
-    """Blocks first_block .. first_block + num_blocks - 1 of each of these rows, in the order in which they joined."""
+    """Blocks first_block .. first_block + num_blocks - 1 of each of these rows, in the order in which they joined.
+
+    column: the rows as an array, made when asked for after a change.
+    """
 
     first_block: int
     num_blocks: int
     rows: dict[int, None]
+    column: Rows | None = None
 
 
 class SharedPrefixes:
@@ -49,20 +54,37 @@ class SharedPrefixes:
 
     def join(self, row: int, blocks: I32, held: npt.NDArray[np.bool_]) -> None:
         """The row leased these blocks, its first ones, once more; held: whether others did already."""
-        self.take(row, blocks[~held])
         shared = blocks[held]
+        if len(shared) < len(blocks):
+            self.take(row, blocks[~held])
+        elif (whole := self._whole_runs(blocks)) is not None:
+            for run in whole:
+                self._add(run, row)
+            return
         if not len(shared):
             return
-        self._change()
         runs = self._run_of[shared]
         alike = np.where(runs == NO_RUN, -1 - self._row_of[shared], runs)  # a run, or below zero -1 - the row alone
-        places = np.flatnonzero(
-            held
-        )  # with a gap where the index knew another block of the same content, which nobody held
+        # With a gap where the index knew another block of the same content, which nobody held:
+        places = np.flatnonzero(held)
         cuts = np.flatnonzero((np.diff(alike) != 0) | (np.diff(places) != 1)) + 1
         for start, stop in pairwise([0, *cuts.tolist(), len(shared)]):
             run = self._run_of_exactly(int(places[start]), shared[start:stop], int(alike[start]))
             self._add(run, row)
+
+    def _whole_runs(self, blocks: I32) -> list[int] | None:
+        """The runs that these held blocks are made of, if none of them goes on past the last block or was held by one row alone."""
+        found: list[int] = []
+        place = 0
+        while place < len(blocks):
+            number = self._run_of.item(blocks.item(place))
+            if number == NO_RUN:
+                return None
+            place += self._runs[number].num_blocks
+            if place > len(blocks) or self._run_of.item(blocks.item(place - 1)) != number:
+                return None
+            found.append(number)
+        return found
 
     def _run_of_exactly(self, first_block: int, blocks: I32, alike: int) -> int:
         """The run of these blocks that the same rows hold: as it is, split off, or new."""
@@ -78,12 +100,14 @@ class SharedPrefixes:
             whole.first_block += len(blocks)  # what was found is the part nearer to the root
             whole.num_blocks -= len(blocks)
             self._runs[run].rows.update(whole.rows)
+            self._change(self._runs[run])
             for row in whole.rows:
                 self._runs_of_row[row].append(run)
         return run
 
     def _add(self, run: int, row: int) -> None:
         self._runs[run].rows[row] = None
+        self._change(self._runs[run])
         self._runs_of_row[row].append(run)
         self.num_shared_blocks[row] += self._runs[run].num_blocks
 
@@ -91,10 +115,10 @@ class SharedPrefixes:
         """The row gives all its blocks back."""
         if not self._runs_of_row[row]:
             return
-        self._change()
         for number in self._runs_of_row[row]:
             run = self._runs[number]
             del run.rows[row]
+            self._change(run)
             if not run.rows:
                 del self._runs[number]
         self._runs_of_row[row] = []
@@ -133,6 +157,9 @@ class SharedPrefixes:
         """All runs, in the order of their numbers."""
         if self._columns is None:
             runs = self._runs.values()
+            for run in runs:
+                if run.column is None:
+                    run.column = np.fromiter(run.rows, dtype=np.intp, count=len(run.rows))
             sizes = np.array([len(run.rows) for run in runs], dtype=np.int64)
             self._columns = RunColumns(
                 numbers=np.array(list(self._runs), dtype=np.int64),
@@ -140,12 +167,13 @@ class SharedPrefixes:
                 num_blocks=np.array([run.num_blocks for run in runs], dtype=np.int64),
                 sizes=sizes,
                 starts=np.cumsum(sizes) - sizes,
-                rows=np.fromiter(chain.from_iterable(run.rows for run in runs), dtype=np.intp, count=int(sizes.sum())),
+                rows=np.concatenate([run.column for run in runs if run.column is not None] or [_NO_ROWS]),
             )
         return self._columns
 
-    def _change(self) -> None:
-        self._columns = None
+    def _change(self, run: _Run) -> None:
+        """The run has other rows or blocks."""
+        run.column = self._columns = None
         self.version += 1
 
     def check_invariants(self, rows: list[int], blocks_of_rows: list[I32]) -> None:

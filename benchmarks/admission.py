@@ -6,7 +6,8 @@ The real scheduler, a fake executor, no torch. All requests are there from the s
 chats (lognormal, seeded): prompts of 220 tokens on average, outputs of 250, max_tokens 1,024; the KV cache holds 256 of them
 at full length (prompt + max_tokens). In `shift`, outputs are four times as long from the middle of the trace on, up to
 max_tokens. Reported for each policy: mean batch size (rows a step), finished requests per 1,000 steps, preemptions per
-request, share of computed tokens that were computed before, and the scheduler's own time. JSON on the last line.
+request, share of computed tokens that were computed before, the scheduler's own time, and as `over_reserve_max` the finished requests per step
+in terms of those of reserve_max. JSON on the last line.
 """
 
 from __future__ import annotations
@@ -130,16 +131,18 @@ def main() -> None:
     report: dict[str, dict[str, object]] = {}
     for name, shift in (("sharegpt_like", False), ("shift", True)):
         trace = sharegpt_like(arguments.requests, shift=shift)
-        figures: dict[str, object] = {
+        results: dict[str, dict[str, float]] = {}
+        for policy, settings in POLICIES.items():
+            result = simulate(trace, settings, margin=arguments.margin, steps_in_flight=arguments.steps_in_flight)
+            results[policy] = result
+            per_step = result["finished_per_1000_steps"] / results["reserve_max"]["finished_per_1000_steps"]
+            result["over_reserve_max"] = round(per_step, 3)
+            print(f"{name}, {policy}: {result}", file=sys.stderr)
+        report[name] = {
             "mean_prompt_tokens": round(float(trace.prompt.mean()), 1),
             "mean_output_tokens": round(float(trace.output.mean()), 1),
+            **results,
         }
-        for policy, settings in POLICIES.items():
-            figures[policy] = simulate(
-                trace, settings, margin=arguments.margin, steps_in_flight=arguments.steps_in_flight
-            )
-            print(f"{name}, {policy}: {figures[policy]}", file=sys.stderr)
-        report[name] = figures
     text = json.dumps(report)
     if arguments.json:
         arguments.json.write_text(text + "\n")

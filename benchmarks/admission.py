@@ -6,8 +6,8 @@ The real scheduler, a fake executor, no torch. All requests are there from the s
 chats (lognormal, seeded): prompts of 220 tokens on average, outputs of 250, max_tokens 1,024; the KV cache holds 256 of them
 at full length (prompt + max_tokens). In `shift`, outputs are four times as long from the middle of the trace on, up to
 max_tokens. Reported for each policy: mean batch size (rows a step), finished requests per 1,000 steps, preemptions per
-request, share of computed tokens that were computed before, the scheduler's own time, and as `over_reserve_max` the finished requests per step
-in terms of those of reserve_max. JSON on the last line.
+request, share of computed tokens that were computed before, the scheduler's own time, and as `over_reserve_max` the finished requests
+per step in terms of those of reserve_max. JSON on the last line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Agents that call tools: is a conversation's prefix still there when its next turn comes? Three ways to keep cached blocks.
 
     python benchmarks/agents.py [--sessions 16] [--turns 8] [--json FILE]            # simulated, no torch, under a minute
-    python benchmarks/agents.py --engine [--model default] [--json FILE]             # the real engine and model, minutes
+    python benchmarks/agents.py --engine [--model default] [--json FILE]             # the real engine and model, half an hour on two cores
 
 Each session has so many turns. The first has 1,000 tokens; the model answers with 40..160; a tool runs for 2..20 s, in which nothing
 of the session runs; then all that was said so far comes again with 50..400 tokens of the tool's result behind it. Beside them comes a

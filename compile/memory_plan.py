@@ -72,10 +72,18 @@ def _lists_of_the_sampler(given: Sequence[SizedTensor], returned: Sequence[Sized
     return sample.workspace_bytes(*given[0].shape)
 
 
+def _candidates_of_logprobs(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
+    from toka.kernels.triton import token_logprobs
+
+    top_ids = returned[2]
+    return token_logprobs.workspace_bytes(*given[0].shape, top_ids.shape[1])
+
+
 # (device type, operator) → its workspace. Operators that are not listed take nothing.
 WORKSPACES: Mapping[tuple[str, str], Workspace] = {
     ("cuda", "toka_triton::paged_attention"): _states_of_splits,
     ("cuda", "toka_triton::sample"): _lists_of_the_sampler,
+    ("cuda", "toka_triton::token_logprobs"): _candidates_of_logprobs,
 }
 
 

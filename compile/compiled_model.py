@@ -56,6 +56,7 @@ class CompiledModel:
         self.compiles_after_freeze = 0
         self._regions = regions
         self._bound: list[_BoundCall] = []
+        self._follow_up: list[_BoundCall] = []
 
     def bind(self, parameters: dict[str, torch.Tensor]) -> None:
         """Give the model its tensors, by the names that the graph's calls use.
@@ -63,12 +64,16 @@ class CompiledModel:
         Takes the dict over and empties it: a tensor that only serves to make others (joined, packed) is freed as soon as they are
         made, if the caller keeps no other reference.
         """
-        recipes = {call: self._recipes_of(call) for call in self.graph.calls}
+        recipes = {call: self._recipes_of(call) for call in self.graph.all_calls}
         made = make_parameters([recipe for each in recipes.values() for recipe in each], parameters)
-        self._bound = [
-            _BoundCall(self._regions[call.region].code, [made[recipe] for recipe in recipes[call]], call)
-            for call in self.graph.calls
-        ]
+
+        def bound(calls: Sequence[Call]) -> list[_BoundCall]:
+            return [
+                _BoundCall(self._regions[call.region].code, [made[recipe] for recipe in recipes[call]], call)
+                for call in calls
+            ]
+
+        self._bound, self._follow_up = bound(self.graph.calls), bound(self.graph.follow_up)
 
     def _recipes_of(self, call: Call) -> list[Recipe]:
         """The recipes of a call's parameters, in the model's names."""
@@ -82,7 +87,8 @@ class CompiledModel:
     @property
     def parameters(self) -> list[torch.Tensor]:
         """All tensors that are bound, each once."""
-        return list({id(tensor): tensor for call in self._bound for tensor in call.parameters}.values())
+        calls = (*self._bound, *self._follow_up)
+        return list({id(tensor): tensor for call in calls for tensor in call.parameters}.values())
 
     def freeze(self) -> None:
         """From now on a compile is a bug: see the class."""
@@ -98,10 +104,10 @@ class CompiledModel:
     def warm(self, values: Mapping[str, torch.Tensor], *, to_the_end: bool = True) -> None:
         """Run every region once on a bucket's values: all code that a whole step would run, in a fraction of its time.
 
-        to_the_end: also the last one.
+        to_the_end: also the last one, and what follows it.
         """
         known, seen = dict(values), set()
-        for bound in self._bound if to_the_end else self._bound[:-1]:
+        for bound in (*self._bound, *self._follow_up) if to_the_end else self._bound[:-1]:
             if bound.call.region not in seen:
                 seen.add(bound.call.region)
                 bound.run(known)
@@ -112,6 +118,15 @@ class CompiledModel:
         for call in self._bound:
             call.run(known)
         return tuple(known[name] for name in self.graph.outputs)
+
+    def follow_up(
+        self, values: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Run what follows a step for those who ask. values: as given to `run`; outputs: what it, or a replay of it, returned."""
+        known = {**values, **dict(zip(self.graph.outputs, outputs, strict=True))}
+        for call in self._follow_up:
+            call.run(known)
+        return tuple(known[name] for name in self._follow_up[-1].call.outputs)
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def _lists_of_the_sampler(given: Sequence[SizedTensor], returned: Sequence[Sized
 def _candidates_of_logprobs(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
     from toka.kernels.triton import token_logprobs
 
-    top_ids = returned[2]
-    return token_logprobs.workspace_bytes(*given[0].shape, top_ids.shape[1])
+    num_places, vocab_size = given[0].shape
+    return token_logprobs.workspace_bytes(num_places, vocab_size, returned[2].shape[1])
 
 
 # (device type, operator) → its workspace. Operators that are not listed take nothing.
@@ -130,6 +130,12 @@ def step_activations(
         if during > peak:
             peak, largest = during, call.region
         alive.update(zip(call.outputs, regions[call.region].outputs, strict=True))
+    alive = {name: alive.get(name, 0) for name in graph.outputs}  # a follow-up runs when all else is gone
+    for call in graph.follow_up:
+        during = sum(alive.values()) + regions[call.region].peak
+        if during > peak:
+            peak, largest = during, call.region
+        alive.update(zip(call.outputs, regions[call.region].outputs, strict=True))
     return StepActivations(peak, largest, regions)
 
 
@@ -155,7 +161,7 @@ def parameter_bytes(graph: StepGraph, transformed: Sequence[RegionGraph]) -> int
     regions = {region.name: region for region in graph.regions}
     by_name = {region.name: region for region in transformed}
     sizes: dict[Recipe, int] = {}
-    for call in graph.calls:
+    for call in graph.all_calls:
         names = dict(zip(regions[call.region].parameter_names(), call.parameters, strict=True))
         region = by_name[call.region]
         for recipe, node in zip(region.recipes, region.placeholders, strict=False):

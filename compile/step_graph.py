@@ -67,17 +67,33 @@ class Call:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """All regions and the calls in order. inputs: names that the caller binds before a run; outputs: names it gets back."""
+    """All regions and the calls in order. inputs: names that the caller binds before a run; outputs: names it gets back.
+
+    follow_up: calls that run behind a step if somebody asks for what they compute, outside of what is captured. They read inputs and
+    outputs of the graph; the outputs of the last of them are what the caller gets back.
+    """
 
     regions: tuple[Region, ...]
     calls: tuple[Call, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    follow_up: tuple[Call, ...] = ()
+
+    @property
+    def all_calls(self) -> tuple[Call, ...]:
+        """Those of every step, and those of some."""
+        return (*self.calls, *self.follow_up)
 
     def __post_init__(self) -> None:
+        known = self._check(self.calls, set(self.inputs))
+        if missing := [name for name in self.outputs if name not in known]:
+            raise ValueError(f"nothing writes the output {missing[0]}")
+        self._check(self.follow_up, {*self.inputs, *self.outputs})
+
+    def _check(self, calls: tuple[Call, ...], known: set[str]) -> set[str]:
+        """Names that are known after these calls. ValueError for a call that cannot be."""
         regions = {region.name: region for region in self.regions}
-        known = set(self.inputs)
-        for call in self.calls:
+        for call in calls:
             region = regions[call.region]
             if len(call.parameters) != len(region.parameter_names()) or len(call.inputs) != len(region.inputs):
                 raise ValueError(f"a call of region {call.region} passes the wrong number of parameters or inputs")
@@ -88,5 +104,4 @@ class StepGraph:
                     f"a call of region {call.region} names {len(call.outputs)} outputs of {region.num_outputs}"
                 )
             known.update(call.outputs)
-        if missing := [name for name in self.outputs if name not in known]:
-            raise ValueError(f"nothing writes the output {missing[0]}")
+        return known

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import BatchPlan, BlockTableChanges, RowSettings
+from toka.plan import BatchPlan, BlockTableChanges, RowSettings, Scoring
 from toka.runner.model_runner import ModelRunner
 from toka.runner.step_buffers import Bucket
+
+_NO_I32 = np.empty(0, dtype=np.int32)
 
 
 def buckets(runner: ModelRunner) -> Iterator[Bucket]:
@@ -32,10 +34,11 @@ def buckets(runner: ModelRunner) -> Iterator[Bucket]:
             yield runner.bucket_for(size, 1)
 
 
-def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool) -> BatchPlan:
+def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool, scored: bool = False) -> BatchPlan:
     """A plan that fills a bucket with made-up requests in blocks from 0 up; only for a KV cache that holds nothing yet.
 
     Rows share the bucket's tokens evenly; each begins at position 0. sampled: draw at temperature 1 with every filter on, else greedily.
+    scored: with the logprobs of every token drawn.
     """
     rows = np.arange(bucket.num_rows, dtype=np.int32)
     starts = np.linspace(0, bucket.num_tokens, bucket.num_rows + 1).astype(np.int32)
@@ -59,6 +62,7 @@ def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: boo
         samples=samples,
         table=table,
         settings=_settings(rows, sampled),
+        scoring=Scoring(samples[samples], _NO_I32, _NO_I32) if scored else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ def _measure(
         tensor.zero_()  # pages first written during the step would be taken for its workspace
     runner.attach(cache)
     with progress.phase("measure"):
-        plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=True)
+        plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=True, scored=True)
         began = time.perf_counter()
         step = memory.measure_step(lambda: runner.run(plan), setup.device)
     return step, time.perf_counter() - began
@@ -112,7 +113,9 @@ def _run_buckets(
     with progress.phase("buckets", num_parts=len(buckets)):
         for index, bucket in enumerate(buckets):
             progress.detail(f"{bucket.num_tokens} tokens")
-            plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0)
+            plan = coverage.dummy_plan(
+                bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True
+            )
             report.buckets.append(_ready_bucket(runner, plan, bucket, setup.device))
             progress.advance()
 
@@ -127,6 +130,8 @@ def _ready_bucket(runner: ModelRunner, plan: BatchPlan, bucket: Bucket, device: 
     before = memory.device_memory_in_use(device)
     runner.capture(plan, bucket)
     captured = memory.device_memory_in_use(device) - before
+    runner.run(plan)  # with logprobs, which are not part of what is captured
+    plan = dataclasses.replace(plan, scoring=None)
     began = time.perf_counter()
     runner.run(plan)
     run_us = (time.perf_counter() - began) * 1e6

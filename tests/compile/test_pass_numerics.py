@@ -24,6 +24,8 @@ BLOCK_SIZE, NUM_BLOCKS, MAX_ROWS = 8, 16, 6
 LENS = (5, 1, 9)  # new tokens of each row; the second continues a cached prefix
 CACHED = (0, 7, 0)
 NUM_PADDED_TOKENS, NUM_PADDED_ROWS, SAMPLED = 2, 1, (0, 2)  # the rows whose successor is drawn; one padded sample
+SCORED = (6, 8)  # tokens of the last row that are scored beside; no successor of theirs is drawn
+NUM_SAMPLES = len(SAMPLED) + len(SCORED)
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
@@ -86,10 +88,13 @@ def inputs_of(region: Region) -> dict[str, Tensor]:
         "rows": padded(torch.arange(len(LENS)), -1, NUM_PADDED_ROWS),
         "query_start": padded(starts, num_tokens, NUM_PADDED_ROWS),
         "seq_lens": padded(seq_lens, 0, NUM_PADDED_ROWS),
-        "sample_index": padded(starts[1:][sampled] - 1, 0, 1),
-        "sample_rows": padded(sampled, -1, 1),
-        "sample_query_start": torch.tensor([0, 1, 2, 2], dtype=torch.int32),
-        "sample_seq_lens": padded(seq_lens[sampled], 0, 1),
+        "sample_index": padded(index := torch.cat([starts[1:][sampled] - 1, torch.tensor(SCORED)]), 0, 1),
+        "sample_rows": padded(rows[index], -1, 1),
+        "sample_query_start": padded(torch.arange(NUM_SAMPLES + 1), NUM_SAMPLES, 1),
+        "sample_seq_lens": padded(positions[index] + 1, 0, 1),
+        "draw_rows": padded(sampled, -1, 1 + len(SCORED)),
+        "sampled": padded(sampled, 0, 1 + len(SCORED)),
+        "sample_targets": padded(torch.tensor([-1, -2, 5, 6]), -2, 1),
         "last_token": torch.zeros(MAX_ROWS, dtype=torch.int32),
         "temperature": torch.zeros(MAX_ROWS),
         "top_k": torch.zeros(MAX_ROWS, dtype=torch.int32),
@@ -101,7 +106,8 @@ def inputs_of(region: Region) -> dict[str, Tensor]:
     }
     made = {}
     for name, spec in region.inputs:
-        shape = [{"T": num_tokens + NUM_PADDED_TOKENS, "B": NUM_BLOCKS}.get(str(size), size) for size in spec.shape]
+        sizes = {"T": num_tokens + NUM_PADDED_TOKENS, "B": NUM_BLOCKS, "S": NUM_SAMPLES + 1}
+        shape = [sizes.get(str(size), size) for size in spec.shape]
         made[name] = known[name] if name in known else torch.randn(shape, generator=random)  # type: ignore[arg-type]
     return made
 
@@ -116,7 +122,7 @@ def run(graph: RegionGraph, region: Region) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", ["begin", "layer_full", "last"])
+@pytest.mark.parametrize("name", ["begin", "layer_full", "last", "logprobs"])
 def test_each_pass_keeps_its_promise(family: str, name: str) -> None:
     region = regions_of(family)[name]
     graph, context = trace(region, CPU), PassContext(packing_kernel)
@@ -126,9 +132,10 @@ def test_each_pass_keeps_its_promise(family: str, name: str) -> None:
         after = run(graph, region)
         for expected, found in zip(before, after, strict=True):
             assert found.shape == expected.shape and found.dtype == expected.dtype
-            real = expected[: sum(LENS)] if expected.shape[:1] == (sum(LENS) + NUM_PADDED_TOKENS,) else expected
-            difference = (found[: len(real)].double() - real.double()).abs().max()
-            assert difference <= each.tolerance * real.double().abs().max(), f"{each.name}: off by {difference:.2e}"
+            padded = {sum(LENS) + NUM_PADDED_TOKENS: sum(LENS), NUM_SAMPLES + 1: NUM_SAMPLES}
+            real = expected[: padded.get(len(expected), len(expected))].double().nan_to_num(neginf=0.0)
+            difference = (found[: len(real)].double().nan_to_num(neginf=0.0) - real).abs().max()
+            assert difference <= each.tolerance * real.abs().max(), f"{each.name}: off by {difference:.2e}"
         before = after
 
 

@@ -76,7 +76,7 @@ def _serve(engine: EngineCore, inbox: zmq.Socket[bytes], send: _Send) -> None:
                 return
             _take(engine, message, send)
         outputs = engine.step()
-        if outputs is not None and len(outputs):
+        if outputs:
             send(outputs.pack(engine.stats()))
 
 

@@ -214,7 +214,7 @@ class Outlook:
             )
         )
         missing = np.array([newcomer.num_missing], dtype=np.int64)
-        growth = end - length
+        growth = np.maximum(end - length, 0)  # who generates nothing ends with one token less
         latest = forecaster.latest(self._num_prefill + missing, self._num_running + 1)
         demand = Demand(
             num_held=np.array([newcomer.num_needed], dtype=np.int64),

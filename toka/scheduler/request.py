@@ -29,6 +29,8 @@ class Request:
     rank: (priority, arrival), lower runs first. max_total_tokens: prompt + max_tokens. chain: keys of its full blocks.
     num_cached_tokens: prompt tokens found in the prefix cache at its first admission, -1 before.
     num_lost_tokens: tokens whose KV it gave up when it was preempted; whatever of them is not found again is recomputed.
+    scores_prompt: whether the logprobs of its prompt are wanted. num_scored_tokens: places of its prompt, from the start, that plans
+    made so far score; the token at place i + 1 is scored at place i.
     """
 
     request_id: int
@@ -41,6 +43,13 @@ class Request:
     chain: KeyChain
     num_cached_tokens: int = -1
     num_lost_tokens: int = 0
+    scores_prompt: bool = False
+    num_scored_tokens: int = 0
+
+    @property
+    def has_unscored(self) -> bool:
+        """Whether there are tokens of its prompt that no plan has scored yet."""
+        return self.scores_prompt and self.num_scored_tokens < self.num_prompt_tokens - 1
 
     @property
     def stop_class(self) -> int:

@@ -25,13 +25,13 @@ import numpy.typing as npt
 
 from toka.errors import InvariantError, RequestError
 from toka.messages import EngineStats, FinishReason, Submit
-from toka.plan import I32, BatchPlan, BlockTableChanges, StepResult
+from toka.plan import I32, I64, BatchPlan, BlockTableChanges, StepResult
 from toka.scheduler.admission import AdmissionPolicy, Load, policy_of
-from toka.scheduler.batching import NONE_FILLED, Chunk, DecodeSet, Filled, StepInFlight
+from toka.scheduler.batching import NONE_FILLED, Chunk, DecodeSet, EndsWithoutToken, Filled, StepInFlight
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.outlook import Forecaster, HeadProspect, Newcomer, Outlook, RunningRows
-from toka.scheduler.outputs import TokenOutputs
+from toka.scheduler.outputs import ScoredTokens, TokenOutputs
 from toka.scheduler.plan_builder import (
     build_decode_plan,
     build_mixed_plan,
@@ -221,14 +221,18 @@ class Scheduler:
     def _plan_chunks(
         self, num_decodes: int, changes: list[BlockTableChanges]
     ) -> tuple[list[Chunk], list[tuple[int, Request]]]:
-        """Fill the step's tokens after the decode rows with prompt chunks: by priority, running requests before new ones."""
-        budget = self.config.max_tokens_per_forward - num_decodes
+        """Fill the step's tokens after the decode rows with prompt chunks: by priority, running requests before new ones.
+
+        budget: tokens that the step can still compute; room: of how many it can still compute logits. Only prompts that are scored can use
+        it up, since no more rows run than it holds.
+        """
+        budget, room = self.config.max_tokens_per_forward - num_decodes, self.config.max_running - num_decodes
         chunks: list[Chunk] = []
         admitted: list[tuple[int, Request]] = []
         running = deque(self._prefilling)
         may_admit = True
         self._outlook = None
-        while budget > 0:
+        while budget > 0 and room > 0:
             head = self._waiting.head() if may_admit else None
             if running and (head is None or running[0][0][0] <= head.request.rank[0]):
                 row = running.popleft()[1]
@@ -243,18 +247,29 @@ class Scheduler:
                 changes.append(change)
             else:
                 break
-            chunk = self._next_chunk(row, budget)
+            chunk = self._next_chunk(row, budget, room)
             budget -= chunk.stop - chunk.start
+            room -= chunk.num_samples
             chunks.append(chunk)
         return chunks, admitted
 
-    def _next_chunk(self, row: int, budget: int) -> Chunk:
-        table = self._table
+    def _next_chunk(self, row: int, budget: int, room: int) -> Chunk:
+        """As many of the row's tokens as there are, within budget and room (at least 1 each)."""
+        table, request = self._table, self._running(row).request
         start, num_tokens = int(table.num_computed_tokens[row]), int(table.num_tokens[row])
         stop = min(num_tokens, start + budget)
+        score_start = score_stop = request.num_scored_tokens
+        if request.has_unscored:
+            stop = min(
+                stop, score_start + room
+            )  # from there on the logits of every token are wanted; score_start >= start
+            score_stop = max(min(stop, request.num_prompt_tokens - 1), score_start)
+            request.num_scored_tokens = score_stop
         table.num_computed_tokens[row] = stop
         self._registrar.offer(row)
-        return Chunk(row, start, stop, last=stop == num_tokens)
+        last = stop == num_tokens
+        draws = last and num_tokens < int(table.max_total_tokens[row])
+        return Chunk(row, start, stop, last, draws, score_start, score_stop)
 
     def _admit(self, head: Waiting) -> tuple[int, BlockTableChanges] | None:
         """Give the head of the queue a row and the blocks for all its tokens so far; None if it has to wait."""
@@ -264,6 +279,8 @@ class Scheduler:
             return None
         request, tokens = head.request, head.tokens
         num_blocks, max_shared = -(-len(tokens) // block_size), (len(tokens) - 1) // block_size
+        if request.has_unscored:  # what is to be scored must be computed
+            max_shared = min(max_shared, request.num_scored_tokens // block_size)
         if self.config.prefix_cache:
             request.chain.extend(tokens, len(tokens) // block_size)
         shared = self._index.longest_prefix(request.chain, max_shared)
@@ -348,6 +365,8 @@ class Scheduler:
         table.request_id[row] = request.request_id
         table.priority[row], table.arrival[row] = request.rank
         table.num_cached_tokens[row] = request.num_cached_tokens
+        table.num_logprobs[row] = _or_none(request.sampling.logprobs)
+        table.num_prompt_logprobs[row] = _or_none(request.sampling.prompt_logprobs)
         table.max_total_tokens[row] = request.max_total_tokens
         table.num_tokens[row] = len(tokens)
         table.num_computed_tokens[row] = num_computed
@@ -365,7 +384,8 @@ class Scheduler:
             )
 
     def _end_or_decode(self, decodes: DecodeSet, seq_lens: I32, chunks: list[Chunk]) -> None:
-        """After a plan is made: rows that draw their last token in it drain, rows whose prompt ends in it decode from now on."""
+        """After a plan is made: rows that draw their last token in it drain (or that draw none), rows whose prompt ends in it decode from
+        now on."""
         table = self._table
         final = seq_lens == decodes.final_seq_lens
         ending: list[int] = decodes.rows[final].tolist() if np.count_nonzero(final) else []
@@ -373,7 +393,7 @@ class Scheduler:
         if begun:
             self._prefilling = [entry for entry in self._prefilling if entry[1] not in begun]
             self._decodes = self._decodes.plus(list(begun), table)
-            ending += [row for row in begun if table.num_tokens[row] + 1 == table.max_total_tokens[row]]
+            ending += [row for row in begun if table.num_tokens[row] + 1 >= table.max_total_tokens[row]]
         if ending:
             self._decodes = self._decodes.without(ending, table)
         for row in ending:
@@ -391,10 +411,13 @@ class Scheduler:
         table = self._table
         rows, request_ids, cached = step.rows, step.request_ids, step.num_cached_tokens
         sampled = result.sampled if step.drawn is None else result.sampled[step.drawn]
+        wanted = None
         if step.epoch != table.epoch:
             wanted = table.generation.take(rows) == step.generations
-            if not wanted.all():
-                rows, request_ids, cached, sampled = rows[wanted], request_ids[wanted], cached[wanted], sampled[wanted]
+            wanted = None if wanted.all() else wanted
+        scores, prompt_scores = self._scores_of(step, result, sampled, wanted)
+        if wanted is not None:
+            rows, request_ids, cached, sampled = rows[wanted], request_ids[wanted], cached[wanted], sampled[wanted]
         num_tokens = table.append_tokens(rows, sampled)
         self._settled_step = step.step
         self._num_steps += 1
@@ -405,9 +428,35 @@ class Scheduler:
         if np.count_nonzero(stops):
             finish[stops] = FinishReason.STOP
             self._stop(rows[stops].tolist())
+        if step.ends is not None:
+            request_ids, sampled, finish, cached = self._with_ends(step.ends, request_ids, sampled, finish, cached)
         self._registrar.offer_filled(step.filled, step.num_rows)
         self._settle()
-        return TokenOutputs(request_ids, sampled, finish, cached)
+        return TokenOutputs(request_ids, sampled, finish, cached, scores, prompt_scores)
+
+    def _scores_of(
+        self, step: StepInFlight, result: StepResult, sampled: I32, wanted: npt.NDArray[np.bool_] | None
+    ) -> tuple[ScoredTokens | None, ScoredTokens | None]:
+        """Logprobs of the drawn tokens, and of tokens of prompts, of requests that are still wanted."""
+        if step.scoring is None:
+            return None, None
+        if result.logprobs is None:
+            raise InvariantError(f"step {step.step} was to give logprobs and gave none")
+        scores = step.scoring.of_drawn(result.logprobs, step.request_ids, sampled, wanted)
+        return scores, step.scoring.of_prompts(result.logprobs, len(sampled), self._table)
+
+    def _with_ends(
+        self, ends: EndsWithoutToken, request_ids: I64, sampled: I32, finish: npt.NDArray[np.uint8], cached: I32
+    ) -> tuple[I64, I32, npt.NDArray[np.uint8], I32]:
+        """The columns of a step's outputs with the requests that end without a token behind the others."""
+        kept = self._table.generation.take(ends.rows) == ends.generations
+        num_kept = np.count_nonzero(kept)
+        return (
+            np.concatenate((request_ids, ends.request_ids[kept])),
+            np.concatenate((sampled, np.full(num_kept, -1, dtype=np.int32))),
+            np.concatenate((finish, np.full(num_kept, FinishReason.LENGTH, dtype=np.uint8))),
+            np.concatenate((cached, ends.num_cached_tokens[kept])),
+        )
 
     def _stop(self, rows: list[int]) -> None:
         """End these rows by a stop token: results of steps already planned for them are dropped."""
@@ -519,3 +568,8 @@ class Scheduler:
         scheduled = self._decodes.rows.tolist() + [row for _, row in self._prefilling] + list(self._draining)
         if owned != rows.tolist() or sorted(scheduled) != owned:
             raise InvariantError("rows, owners and the lists of what runs and drains disagree")
+
+
+def _or_none(num_logprobs: int | None) -> int:
+    """As the table's column says it."""
+    return -1 if num_logprobs is None else num_logprobs

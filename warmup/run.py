@@ -113,9 +113,7 @@ def _run_buckets(
     with progress.phase("buckets", num_parts=len(buckets)):
         for index, bucket in enumerate(buckets):
             progress.detail(f"{bucket.num_tokens} tokens")
-            plan = coverage.dummy_plan(
-                bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True
-            )
+            plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True)
             report.buckets.append(_ready_bucket(runner, plan, bucket, setup.device))
             progress.advance()
 

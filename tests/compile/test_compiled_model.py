@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from toka.compile.artifact import Artifact
 from toka.compile.compiled_model import CompiledModel, eager_regions, load_regions, make_parameters
 from toka.compile.passes.select_kernels import ChosenKernel
 from toka.compile.region_graph import Recipe
-from toka.compile.step_graph import StepGraph
+from toka.compile.step_graph import Call, StepGraph
 
 WIDTH = 8
 CPU = torch.device("cpu")
@@ -42,6 +43,17 @@ def expected(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> list[torch.Te
 
 def eager_model(graph: StepGraph) -> CompiledModel:
     return CompiledModel(graph, eager_regions(builder.transform(graph, CPU, reference_kernel)[0]))
+
+
+def test_a_follow_up_reads_what_the_step_gave_out(graph: StepGraph) -> None:
+    again = Call("block", ("weight.0",), ("x", "key.0", "value.0", "slots"), ("again",))
+    model = eager_model(dataclasses.replace(graph, follow_up=(again,)))
+    weights = random_weights()
+    model.bind(dict(weights))
+    inputs = values(3)
+    outputs = model.run(inputs)
+    (found,) = model.follow_up(inputs, outputs)
+    torch.testing.assert_close(found, expected(outputs[0], weights)[0])
 
 
 def assert_right_at_every_size(model: CompiledModel) -> None:

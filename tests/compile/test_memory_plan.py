@@ -118,10 +118,14 @@ def test_a_declared_workspace_counts_while_its_kernel_runs() -> None:
 
 
 def test_what_triton_kernels_take_for_themselves() -> None:
-    """By hand: the sampler cuts 128,256 logits into 32 chunks; a row's 131,072 keys make 64 splits, each a float32 head and one more."""
+    """By hand: the sampler cuts 128,256 logits into 32 chunks, token_logprobs into 63 of 20 candidates each; a row's 131,072 keys make 64
+    splits, each a float32 head and one more."""
     logits = SizedTensor((10, 128_256), torch.bfloat16)
     chunks, lists = 32 * (4 + 4 + 6 * (8 + 4)), 6 * 4 + 8192 * 4
     assert WORKSPACES["cuda", "toka_triton::sample"]([logits], []) == 10 * (chunks + lists)
+    top_ids = SizedTensor((10, 20), torch.int32)
+    found = WORKSPACES["cuda", "toka_triton::token_logprobs"]([logits], [top_ids, top_ids, top_ids, top_ids])
+    assert found == 10 * 63 * (4 + 4 + 4 + 20 * 8)
     query, cache = SizedTensor((9, 32, 128), torch.bfloat16), SizedTensor((1, 8, 16, 128), torch.bfloat16)
     table, rows, starts = (SizedTensor(shape, torch.int32) for shape in ((64, 8192), (4,), (5,)))
     attention = WORKSPACES["cuda", "toka_triton::paged_attention"]
@@ -142,6 +146,19 @@ def test_values_live_until_their_name_is_written_again() -> None:
     assert peak("x", "y") == 2 * ROW
     assert peak("x", "y", "y", "y") == 3 * ROW
     assert peak("x", "a", "b", "c") == 4 * ROW
+
+
+def test_a_follow_up_runs_when_all_but_the_outputs_is_gone() -> None:
+    traced = region(lambda x, w: (F.linear(x, w),))
+    wide = dataclasses.replace(region(lambda x, w: (torch.cat((x, x, x, x, x)),)), name="wide")
+    modules = {each.name: trace(each, torch.device("cpu")).module for each in (traced, wide)}
+    calls = tuple(Call("r", ("weight",), ("x",), (result,)) for result in ("a", "b", "c"))
+    follow_up = Call("wide", ("weight",), ("c",), ("d",))
+    without = StepGraph((traced, wide), calls, ("x",), ("c",))
+    with_it = dataclasses.replace(without, follow_up=(follow_up,))
+    assert step_activations(without, modules, {"T": TOKENS}, "cpu").peak == 3 * ROW
+    found = step_activations(with_it, modules, {"T": TOKENS}, "cpu")
+    assert (found.peak, found.largest_region) == ((1 + 5) * ROW, "wide")
 
 
 def test_parameters_count_once_however_often_they_are_used() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import logging
+import operator
 import sys
 import types
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._ops import OpOverload
 
 from toka.compile import lower
 from toka.compile.artifact import Artifact
@@ -47,16 +49,19 @@ def eager_regions(graphs: Sequence[RegionGraph]) -> dict[str, LoadedRegion]:
 class CompiledModel:
     """Runs a StepGraph. Life: `bind` → `run` (any bucket, to warm it) → `freeze` → `run`.
 
+    kernels: operator → the kernel that was chosen ("toka_cpp.sample.default"), for the graph's follow-up; None: nobody asks for it.
     After `freeze` a compile by torch.compile or inductor anywhere in this process is counted in `compiles_after_freeze` and logged as an
     error. A served request never pays for our mistake with its life, but every test looks at the counter.
     """
 
-    def __init__(self, graph: StepGraph, regions: Mapping[str, LoadedRegion]):
+    def __init__(self, graph: StepGraph, regions: Mapping[str, LoadedRegion], kernels: Mapping[str, str] | None = None):
         self.graph = graph
+        self._follow_up_kernel: OpOverload | None = None
+        if graph.follow_up is not None and kernels is not None:
+            self._follow_up_kernel = _overload(kernels[graph.follow_up.op])
         self.compiles_after_freeze = 0
         self._regions = regions
         self._bound: list[_BoundCall] = []
-        self._follow_up: list[_BoundCall] = []
 
     def bind(self, parameters: dict[str, torch.Tensor]) -> None:
         """Give the model its tensors, by the names that the graph's calls use.
@@ -64,16 +69,12 @@ class CompiledModel:
         Takes the dict over and empties it: a tensor that only serves to make others (joined, packed) is freed as soon as they are
         made, if the caller keeps no other reference.
         """
-        recipes = {call: self._recipes_of(call) for call in self.graph.all_calls}
+        recipes = {call: self._recipes_of(call) for call in self.graph.calls}
         made = make_parameters([recipe for each in recipes.values() for recipe in each], parameters)
-
-        def bound(calls: Sequence[Call]) -> list[_BoundCall]:
-            return [
-                _BoundCall(self._regions[call.region].code, [made[recipe] for recipe in recipes[call]], call)
-                for call in calls
-            ]
-
-        self._bound, self._follow_up = bound(self.graph.calls), bound(self.graph.follow_up)
+        self._bound = [
+            _BoundCall(self._regions[call.region].code, [made[recipe] for recipe in recipes[call]], call)
+            for call in self.graph.calls
+        ]
 
     def _recipes_of(self, call: Call) -> list[Recipe]:
         """The recipes of a call's parameters, in the model's names."""
@@ -87,8 +88,7 @@ class CompiledModel:
     @property
     def parameters(self) -> list[torch.Tensor]:
         """All tensors that are bound, each once."""
-        calls = (*self._bound, *self._follow_up)
-        return list({id(tensor): tensor for call in calls for tensor in call.parameters}.values())
+        return list({id(tensor): tensor for call in self._bound for tensor in call.parameters}.values())
 
     def freeze(self) -> None:
         """From now on a compile is a bug: see the class."""
@@ -101,16 +101,17 @@ class CompiledModel:
 
         weakref.finalize(self, _watch_compiles(on_compile))
 
-    def warm(self, values: Mapping[str, torch.Tensor], *, to_the_end: bool = True) -> None:
+    def warm(self, values: Mapping[str, torch.Tensor], *, to_the_end: bool = True) -> tuple[torch.Tensor, ...]:
         """Run every region once on a bucket's values: all code that a whole step would run, in a fraction of its time.
 
-        to_the_end: also the last one, and what follows it.
+        to_the_end: also the last one; then the outputs come back, which mean nothing.
         """
         known, seen = dict(values), set()
-        for bound in (*self._bound, *self._follow_up) if to_the_end else self._bound[:-1]:
+        for bound in self._bound if to_the_end else self._bound[:-1]:
             if bound.call.region not in seen:
                 seen.add(bound.call.region)
                 bound.run(known)
+        return tuple(known[name] for name in self.graph.outputs) if to_the_end else ()
 
     def run(self, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run one step. values: a tensor for each of the graph's inputs; returns the graph's outputs."""
@@ -122,11 +123,20 @@ class CompiledModel:
     def follow_up(
         self, values: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """Run what follows a step for those who ask. values: as given to `run`; outputs: what it, or a replay of it, returned."""
+        """Run what follows a step for those who ask. values: what it takes beside the step's outputs; outputs: what `run`, or a replay,
+        returned."""
+        call, kernel = self.graph.follow_up, self._follow_up_kernel
+        if call is None or kernel is None:
+            raise InvariantError("this step graph has nothing that could follow a step")
         known = {**values, **dict(zip(self.graph.outputs, outputs, strict=True))}
-        for call in self._follow_up:
-            call.run(known)
-        return tuple(known[name] for name in self._follow_up[-1].call.outputs)
+        found: tuple[torch.Tensor, ...] = kernel(*[known[name] for name, _ in call.inputs], *call.constants)
+        return found
+
+
+def _overload(name: str) -> OpOverload:
+    """The operator of a name as str() tells it."""
+    overload: OpOverload = operator.attrgetter(name)(torch.ops)
+    return overload
 
 
 @dataclass(frozen=True)

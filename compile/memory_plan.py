@@ -31,10 +31,11 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from toka.compile.region_graph import Recipe, RegionGraph
-from toka.compile.step_graph import Region, StepGraph
+from toka.compile.step_graph import OperatorCall, Region, StepGraph, TensorSpec
 
 MAX_INLINE_READS = 4  # torch._inductor.config.realize_reads_threshold
 
@@ -130,13 +131,34 @@ def step_activations(
         if during > peak:
             peak, largest = during, call.region
         alive.update(zip(call.outputs, regions[call.region].outputs, strict=True))
-    alive = {name: alive.get(name, 0) for name in graph.outputs}  # a follow-up runs when all else is gone
-    for call in graph.follow_up:
-        during = sum(alive.values()) + regions[call.region].peak
+    if graph.follow_up is not None:  # it runs when all but the outputs is gone
+        during = sum(alive.get(name, 0) for name in graph.outputs)
+        during += operator_bytes(graph.follow_up, sizes, device, workspaces)
         if during > peak:
-            peak, largest = during, call.region
-        alive.update(zip(call.outputs, regions[call.region].outputs, strict=True))
+            peak, largest = during, graph.follow_up.op
     return StepActivations(peak, largest, regions)
+
+
+def operator_bytes(
+    call: OperatorCall, sizes: Mapping[str, int], device: str, workspaces: Mapping[tuple[str, str], Workspace]
+) -> int:
+    """What the operator returns and takes for itself, and the inputs that are not the graph's (all but the first)."""
+
+    def meta(spec: TensorSpec) -> torch.Tensor:
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        return torch.empty(shape, dtype=spec.dtype, device="meta")
+
+    given = [meta(spec) for _, spec in call.inputs]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        returned = getattr(torch.ops.toka, call.op)(*given, *call.constants)
+    workspace = 0
+    for (on, name), rule in workspaces.items():
+        if on == device and name.partition("::")[2] == call.op:
+            workspace = rule(
+                *([SizedTensor(tuple(t.shape), t.dtype) for t in tensors] for tensors in (given, returned))
+            )
+    held: int = sum(tensor.nbytes for tensor in (*given[1:], *returned))
+    return workspace + held
 
 
 def region_memory(
@@ -161,7 +183,7 @@ def parameter_bytes(graph: StepGraph, transformed: Sequence[RegionGraph]) -> int
     regions = {region.name: region for region in graph.regions}
     by_name = {region.name: region for region in transformed}
     sizes: dict[Recipe, int] = {}
-    for call in graph.all_calls:
+    for call in graph.calls:
         names = dict(zip(regions[call.region].parameter_names(), call.parameters, strict=True))
         region = by_name[call.region]
         for recipe, node in zip(region.recipes, region.placeholders, strict=False):

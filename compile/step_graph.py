@@ -66,34 +66,35 @@ class Call:
 
 
 @dataclass(frozen=True)
+class OperatorCall:
+    """One of toka's operators, called as it is, outside of what is compiled and captured: a region of its own would take as long to compile
+    as a layer, for nothing. Its kernel is chosen with the others.
+
+    inputs: (name, spec) of the tensors that it takes, outputs of the graph or given by the caller. constants: the arguments behind them.
+    """
+
+    op: str
+    inputs: tuple[tuple[str, TensorSpec], ...]
+    constants: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StepGraph:
     """All regions and the calls in order. inputs: names that the caller binds before a run; outputs: names it gets back.
 
-    follow_up: calls that run behind a step if somebody asks for what they compute, outside of what is captured. They read inputs and
-    outputs of the graph; the outputs of the last of them are what the caller gets back.
+    follow_up: runs behind the steps in which somebody asks for it; None if there is nothing to ask for.
     """
 
     regions: tuple[Region, ...]
     calls: tuple[Call, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    follow_up: tuple[Call, ...] = ()
-
-    @property
-    def all_calls(self) -> tuple[Call, ...]:
-        """Those of every step, and those of some."""
-        return (*self.calls, *self.follow_up)
+    follow_up: OperatorCall | None = None
 
     def __post_init__(self) -> None:
-        known = self._check(self.calls, set(self.inputs))
-        if missing := [name for name in self.outputs if name not in known]:
-            raise ValueError(f"nothing writes the output {missing[0]}")
-        self._check(self.follow_up, {*self.inputs, *self.outputs})
-
-    def _check(self, calls: tuple[Call, ...], known: set[str]) -> set[str]:
-        """Names that are known after these calls. ValueError for a call that cannot be."""
         regions = {region.name: region for region in self.regions}
-        for call in calls:
+        known = set(self.inputs)
+        for call in self.calls:
             region = regions[call.region]
             if len(call.parameters) != len(region.parameter_names()) or len(call.inputs) != len(region.inputs):
                 raise ValueError(f"a call of region {call.region} passes the wrong number of parameters or inputs")
@@ -104,4 +105,5 @@ class StepGraph:
                     f"a call of region {call.region} names {len(call.outputs)} outputs of {region.num_outputs}"
                 )
             known.update(call.outputs)
-        return known
+        if missing := [name for name in self.outputs if name not in known]:
+            raise ValueError(f"nothing writes the output {missing[0]}")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -117,7 +116,3 @@ def test_a_graph_must_fit_together(graph: StepGraph) -> None:
         StepGraph((region,), (Call("block", (), good.inputs, ("x",)),), graph.inputs, ("x",))
     with pytest.raises(ValueError, match="nothing writes the output y"):
         StepGraph((region,), (good,), graph.inputs, ("y",))
-    later = Call("block", good.parameters, ("within", *good.inputs[1:]), ("y",))
-    # Only what the step gives out is there when it is over.
-    with pytest.raises(ValueError, match="reads within before"):
-        StepGraph((region,), (dataclasses.replace(good, outputs=("within",)), good), graph.inputs, ("x",), (later,))

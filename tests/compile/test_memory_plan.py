@@ -15,12 +15,13 @@ from toka.compile.memory_plan import (
     WORKSPACES,
     RegionMemory,
     SizedTensor,
+    Workspace,
     parameter_bytes,
     region_memory,
     step_activations,
 )
 from toka.compile.region_graph import Recipe
-from toka.compile.step_graph import Call, Region, StepGraph, TensorSpec
+from toka.compile.step_graph import Call, OperatorCall, Region, StepGraph, TensorSpec
 from toka.compile.trace import trace
 
 WIDTH, TOKENS = 32, 50
@@ -150,15 +151,18 @@ def test_values_live_until_their_name_is_written_again() -> None:
 
 def test_a_follow_up_runs_when_all_but_the_outputs_is_gone() -> None:
     traced = region(lambda x, w: (F.linear(x, w),))
-    wide = dataclasses.replace(region(lambda x, w: (torch.cat((x, x, x, x, x)),)), name="wide")
-    modules = {each.name: trace(each, torch.device("cpu")).module for each in (traced, wide)}
+    modules = {"r": trace(traced, torch.device("cpu")).module}
     calls = tuple(Call("r", ("weight",), ("x",), (result,)) for result in ("a", "b", "c"))
-    follow_up = Call("wide", ("weight",), ("c",), ("d",))
-    without = StepGraph((traced, wide), calls, ("x",), ("c",))
-    with_it = dataclasses.replace(without, follow_up=(follow_up,))
+    without = StepGraph((traced,), calls, ("x",), ("c",))
     assert step_activations(without, modules, {"T": TOKENS}, "cpu").peak == 3 * ROW
-    found = step_activations(with_it, modules, {"T": TOKENS}, "cpu")
-    assert (found.peak, found.largest_region) == ((1 + 5) * ROW, "wide")
+    logits, ids = TensorSpec(torch.float32, ("T", WIDTH)), TensorSpec(torch.int32, ("T",))
+    with_it = dataclasses.replace(
+        without, follow_up=OperatorCall("token_logprobs", (("c", logits), ("ids", ids)), (60,))
+    )
+    workspaces: dict[tuple[str, str], Workspace] = {("cpu", "toka_cpp::token_logprobs"): lambda given, returned: 1000}
+    found = step_activations(with_it, modules, {"T": TOKENS}, "cpu", workspaces)
+    of_operator = TOKENS * (4 + 4 + 4 + 60 * 8)  # ids, logprob, rank, and 60 likeliest
+    assert (found.peak, found.largest_region) == (ROW + of_operator + 1000, "token_logprobs")
 
 
 def test_parameters_count_once_however_often_they_are_used() -> None:

@@ -93,8 +93,6 @@ def inputs_of(region: Region) -> dict[str, Tensor]:
         "sample_query_start": padded(torch.arange(NUM_SAMPLES + 1), NUM_SAMPLES, 1),
         "sample_seq_lens": padded(positions[index] + 1, 0, 1),
         "draw_rows": padded(sampled, -1, 1 + len(SCORED)),
-        "sampled": padded(sampled, 0, 1 + len(SCORED)),
-        "sample_targets": padded(torch.tensor([-1, -2, 5, 6]), -2, 1),
         "last_token": torch.zeros(MAX_ROWS, dtype=torch.int32),
         "temperature": torch.zeros(MAX_ROWS),
         "top_k": torch.zeros(MAX_ROWS, dtype=torch.int32),
@@ -122,7 +120,7 @@ def run(graph: RegionGraph, region: Region) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", ["begin", "layer_full", "last", "logprobs"])
+@pytest.mark.parametrize("name", ["begin", "layer_full", "last"])
 def test_each_pass_keeps_its_promise(family: str, name: str) -> None:
     region = regions_of(family)[name]
     graph, context = trace(region, CPU), PassContext(packing_kernel)
@@ -133,8 +131,8 @@ def test_each_pass_keeps_its_promise(family: str, name: str) -> None:
         for expected, found in zip(before, after, strict=True):
             assert found.shape == expected.shape and found.dtype == expected.dtype
             padded = {sum(LENS) + NUM_PADDED_TOKENS: sum(LENS), NUM_SAMPLES + 1: NUM_SAMPLES}
-            real = expected[: padded.get(len(expected), len(expected))].double().nan_to_num(neginf=0.0)
-            difference = (found[: len(real)].double().nan_to_num(neginf=0.0) - real).abs().max()
+            real = expected[: padded.get(len(expected), len(expected))].double()
+            difference = (found[: len(real)].double() - real).abs().max()
             assert difference <= each.tolerance * real.abs().max(), f"{each.name}: off by {difference:.2e}"
         before = after
 

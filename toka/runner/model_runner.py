@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from toka.plan import BatchPlan, StepLogprobs, StepResult
 from toka.runner.device_tables import DeviceTables
 from toka.runner.kv_cache import KVCache
 from toka.runner.step_buffers import Bucket, StepBuffers
+from toka.runner.step_program import scored_ids
 
 _MIN_BLOCK_TOKENS = 8  # of any page size: a step of T tokens changes about T / 8 entries of the block table at most
 
@@ -133,7 +135,7 @@ class ModelRunner:
         inputs = self._inputs(plan, bucket)
         captured = self._captured.get(bucket)
         step = self.compiled.run(inputs) if captured is None else captured()
-        outputs = step[:1] if plan.scoring is None else (*step[:1], *self.compiled.follow_up(inputs, step))
+        outputs = step[:1] if plan.scoring is None else (*step[:1], *self._logprobs(inputs, step))
         if self._device.type == "cpu":
             return PendingStep(plan, outputs, None, self._results)
         on_host = self._results.popleft() if self._results else self._new_result()
@@ -149,13 +151,20 @@ class ModelRunner:
 
     @torch.no_grad()
     def warm(self, plan: BatchPlan, bucket: Bucket) -> None:
-        """Run every region once on this plan and bucket (see CompiledModel.warm); without samples, all but the last."""
-        self.compiled.warm(self._inputs(plan, bucket), to_the_end=bucket.num_samples > 0)
+        """Run every region once on this plan and bucket (see CompiledModel.warm) and what follows; without samples, all but the last."""
+        inputs = self._inputs(plan, bucket)
+        step = self.compiled.warm(inputs, to_the_end=bucket.num_samples > 0)
+        if step and plan.scoring is not None:
+            self._logprobs(inputs, step)
 
     @torch.no_grad()
     def capture(self, plan: BatchPlan, bucket: Bucket) -> None:
         """Capture the bucket's whole step; `plan` fills it. From now on steps of this bucket are replayed."""
         self._captured[bucket] = self._capturer.capture(partial(self.compiled.run, self._inputs(plan, bucket)))
+
+    def _logprobs(self, inputs: Mapping[str, torch.Tensor], step: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Logprobs, ranks, likeliest ids and their logprobs of a step's targets. step: what it gave out."""
+        return self.compiled.follow_up({"scored_ids": scored_ids(inputs["sample_targets"], step[0])}, step)
 
     def _inputs(self, plan: BatchPlan, bucket: Bucket) -> dict[str, torch.Tensor]:
         return {**self._static, **self._buffers.fill(plan, bucket)}

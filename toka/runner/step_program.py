@@ -5,7 +5,7 @@
 `begin` finds each token's id, rope angles and KV slot, and embeds it; a layer region stands for all layers of its kind; `last` holds the
 last layer, the final norm, the LM head and the sampler. Of the last layer most rows need no more than their keys and values: its
 module computes them all and then keeps those whose logits are wanted, and the compiler drops the rest (passes/select_rows.py).
-`logprobs` runs behind the steps in which somebody asks for them; a step in which nobody does is the same with or without it.
+The logits come out too: `logprobs`, one operator, runs behind the steps in which somebody asks for them.
 
 Legend: T tokens, R rows, S samples, M rows of the request table, W blocks a row, B KV blocks, C hidden, D head dim, F = D / 2.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from toka.compile.region_graph import RowSelection
-from toka.compile.step_graph import Call, Region, StepGraph, TensorSpec
+from toka.compile.step_graph import Call, OperatorCall, Region, StepGraph, TensorSpec
 from toka.models.decoder import CausalLM, DecoderLayer
 from toka.models.inputs import ForwardInputs
 from toka.models.rope import Rope
@@ -28,7 +28,6 @@ from toka.runner.kv_cache import KVCacheShape
 DRAWN_TARGET = -1  # the id that the step draws
 NO_TARGET = -2  # nobody asks
 
-LOGPROB_OUTPUTS = ("logprobs", "ranks", "top_ids", "top_logprobs")
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed", "held_back_ids", "held_back_until")
 
 
@@ -110,15 +109,6 @@ class Last(nn.Module):
         return torch.ops.toka.sample(logits_SV, draw_rows_S, sample_seq_lens_S, *settings, last_token_M), logits_SV
 
 
-class Logprobs(nn.Module):
-    """Logprob and rank of each sample's target, and the likeliest tokens, from logits that no setting has touched."""
-
-    def forward(self, logits_SV: Tensor, sampled_S: Tensor, targets_S: Tensor) -> tuple[Tensor, ...]:
-        ids_S = torch.where(targets_S == DRAWN_TARGET, sampled_S, targets_S)
-        logprob_S, rank_S, top_ids_SK, top_logprobs_SK = torch.ops.toka.token_logprobs(logits_SV, ids_S, MAX_LOGPROBS)
-        return logprob_S, rank_S, top_ids_SK, top_logprobs_SK
-
-
 class _TiedHead(nn.Module):
     def __init__(self, model: CausalLM):
         super().__init__()
@@ -146,12 +136,17 @@ def build_step_graph(model: CausalLM, dtype: torch.dtype, block_size: int) -> St
         "begin": _begin_region(model, block_size),
         **{f"layer_{kind}": _layer_region(model, layer, dtype, block_size) for kind, layer in kinds.items()},
         "last": _last_region(model, last, dtype, block_size),
-        "logprobs": _logprobs_region(model, dtype),
     }
-    follow_up = Call("logprobs", (), ("logits", "sampled", "sample_targets"), LOGPROB_OUTPUTS)
+    logits = ("logits", TensorSpec(dtype, ("S", model.spec.vocab_size)))
+    logprobs = OperatorCall("token_logprobs", (logits, ("scored_ids", TensorSpec(_INT, ("S",)))), (MAX_LOGPROBS,))
     return StepGraph(
-        tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled", "logits"), (follow_up,)
+        tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled", "logits"), logprobs
     )
+
+
+def scored_ids(targets_S: Tensor, sampled_S: Tensor) -> Tensor:
+    """The tokens whose logprobs are wanted; below 0 where none is. targets_S: see StepBuffers."""
+    return torch.where(targets_S == DRAWN_TARGET, sampled_S, targets_S)
 
 
 def step_parameters(model: CausalLM) -> dict[str, Tensor]:
@@ -222,15 +217,6 @@ def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block
     return _region(model, "last", Last(model, layer), inputs, num_outputs=2, selection=selection)
 
 
-def _logprobs_region(model: CausalLM, dtype: torch.dtype) -> Region:
-    inputs = (
-        ("logits", TensorSpec(dtype, ("S", model.spec.vocab_size))),
-        ("sampled", TensorSpec(_INT, ("S",))),
-        ("sample_targets", TensorSpec(_INT, ("S",))),
-    )
-    return _region(model, "logprobs", Logprobs(), inputs, num_outputs=len(LOGPROB_OUTPUTS))
-
-
 def _region(
     model: CausalLM,
     name: str,
@@ -277,7 +263,5 @@ def _model_name(parameter: str, layer: int, model: CausalLM) -> str:
 def _step_inputs(model: CausalLM) -> tuple[str, ...]:
     caches = [f"{kind}_cache.{layer}" for layer in range(len(model.layers)) for kind in ("key", "value")]
     step = ("token_ids", "token_rows", "positions", "rows", "query_start", "seq_lens")
-    samples = (
-        "sample_index", "sample_rows", "sample_query_start", "sample_seq_lens", "draw_rows", "sample_targets",
-    )  # fmt: skip
+    samples = ("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens", "draw_rows")
     return (*step, *samples, "block_table", "last_token", *SETTINGS, *caches)

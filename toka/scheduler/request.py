@@ -47,9 +47,9 @@ class Request:
     num_scored_tokens: int = 0
 
     @property
-    def has_unscored(self) -> bool:
-        """Whether there are tokens of its prompt that no plan has scored yet."""
-        return self.scores_prompt and self.num_scored_tokens < self.num_prompt_tokens - 1
+    def num_unscored(self) -> int:
+        """Places of its prompt that are to be scored and that no plan has scored yet."""
+        return max(self.num_prompt_tokens - 1 - self.num_scored_tokens, 0) if self.scores_prompt else 0
 
     @property
     def stop_class(self) -> int:

@@ -259,12 +259,13 @@ class Scheduler:
         start, num_tokens = int(table.num_computed_tokens[row]), int(table.num_tokens[row])
         stop = min(num_tokens, start + budget)
         score_start = score_stop = request.num_scored_tokens
-        if request.has_unscored:
+        if request.num_unscored:
             stop = min(
                 stop, score_start + room
             )  # from there on the logits of every token are wanted; score_start >= start
             score_stop = max(min(stop, request.num_prompt_tokens - 1), score_start)
             request.num_scored_tokens = score_stop
+            table.num_unscored[row] = request.num_unscored
         table.num_computed_tokens[row] = stop
         self._registrar.offer(row)
         last = stop == num_tokens
@@ -279,7 +280,7 @@ class Scheduler:
             return None
         request, tokens = head.request, head.tokens
         num_blocks, max_shared = -(-len(tokens) // block_size), (len(tokens) - 1) // block_size
-        if request.has_unscored:  # what is to be scored must be computed
+        if request.num_unscored:  # what is to be scored must be computed
             max_shared = min(max_shared, request.num_scored_tokens // block_size)
         if self.config.prefix_cache:
             request.chain.extend(tokens, len(tokens) // block_size)
@@ -296,6 +297,7 @@ class Scheduler:
             arrival=request.rank[1],
             num_prompt_tokens=request.num_prompt_tokens,
             max_total_tokens=request.max_total_tokens,
+            num_unscored=request.num_unscored,
         )
         prospect = HeadProspect(lambda: self._look(request, newcomer), newcomer)
         if num_needed > load.num_free_blocks or not self._admission.admits(num_needed, load, prospect):
@@ -338,7 +340,7 @@ class Scheduler:
         )
         if overtakes:  # it delays rows that prefill, which an outlook for everybody cannot know
             self._outlook = None
-            return self._forecaster.look(running, prefill_first=newcomer.num_missing)
+            return self._forecaster.look(running, prefill_first=newcomer)
         self._outlook = self._forecaster.look(running)
         return self._outlook
 
@@ -367,6 +369,7 @@ class Scheduler:
         table.num_cached_tokens[row] = request.num_cached_tokens
         table.num_logprobs[row] = _or_none(request.sampling.logprobs)
         table.num_prompt_logprobs[row] = _or_none(request.sampling.prompt_logprobs)
+        table.num_unscored[row] = request.num_unscored
         table.max_total_tokens[row] = request.max_total_tokens
         table.num_tokens[row] = len(tokens)
         table.num_computed_tokens[row] = num_computed

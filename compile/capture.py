@@ -20,7 +20,7 @@ class Replay(Protocol):
 
     def __call__(self) -> Outputs:
         """Run the step on what its input tensors hold now. On CUDA: launched, not awaited, and the next replay of any step captured by
-        the same Capturer may write over the outputs."""
+        the same Capturer may write over the outputs: they belong to the shared pool, not to whoever holds them."""
         ...
 
 
@@ -45,9 +45,31 @@ class Capturer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             recorded = step()
+        # Owned tensors would keep their memory from the captures that follow: the logits of every bucket instead of the largest one's.
+        outputs = tuple(_borrowed(tensor) for tensor in recorded)
+        del recorded
 
         def replay() -> Outputs:
             graph.replay()
-            return recorded
+            return outputs
 
         return replay
+
+
+class _DeviceMemory:
+    """Memory on the GPU that somebody else owns, as PyTorch takes it (the CUDA array interface, version 3)."""
+
+    def __init__(self, pointer: int, num_bytes: int):
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor in the same memory, which it does not keep."""
+    storage = tensor.untyped_storage()
+    memory = torch.as_tensor(_DeviceMemory(storage.data_ptr(), storage.nbytes()), device=tensor.device)
+    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import logging
+import operator
 import sys
 import types
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._ops import OpOverload
 
 from toka.compile import lower
 from toka.compile.artifact import Artifact
@@ -47,12 +49,16 @@ def eager_regions(graphs: Sequence[RegionGraph]) -> dict[str, LoadedRegion]:
 class CompiledModel:
     """Runs a StepGraph. Life: `bind` → `run` (any bucket, to warm it) → `freeze` → `run`.
 
+    kernels: operator → the kernel that was chosen ("toka_cpp.sample.default"), for the graph's follow-up; None: nobody asks for it.
     After `freeze` a compile by torch.compile or inductor anywhere in this process is counted in `compiles_after_freeze` and logged as an
     error. A served request never pays for our mistake with its life, but every test looks at the counter.
     """
 
-    def __init__(self, graph: StepGraph, regions: Mapping[str, LoadedRegion]):
+    def __init__(self, graph: StepGraph, regions: Mapping[str, LoadedRegion], kernels: Mapping[str, str] | None = None):
         self.graph = graph
+        self._follow_up_kernel: OpOverload | None = None
+        if graph.follow_up is not None and kernels is not None:
+            self._follow_up_kernel = _overload(kernels[graph.follow_up.op])
         self.compiles_after_freeze = 0
         self._regions = regions
         self._bound: list[_BoundCall] = []
@@ -95,16 +101,17 @@ class CompiledModel:
 
         weakref.finalize(self, _watch_compiles(on_compile))
 
-    def warm(self, values: Mapping[str, torch.Tensor], *, to_the_end: bool = True) -> None:
+    def warm(self, values: Mapping[str, torch.Tensor], *, to_the_end: bool = True) -> tuple[torch.Tensor, ...]:
         """Run every region once on a bucket's values: all code that a whole step would run, in a fraction of its time.
 
-        to_the_end: also the last one.
+        to_the_end: also the last one; then the outputs come back, which mean nothing.
         """
         known, seen = dict(values), set()
         for bound in self._bound if to_the_end else self._bound[:-1]:
             if bound.call.region not in seen:
                 seen.add(bound.call.region)
                 bound.run(known)
+        return tuple(known[name] for name in self.graph.outputs) if to_the_end else ()
 
     def run(self, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run one step. values: a tensor for each of the graph's inputs; returns the graph's outputs."""
@@ -112,6 +119,24 @@ class CompiledModel:
         for call in self._bound:
             call.run(known)
         return tuple(known[name] for name in self.graph.outputs)
+
+    def follow_up(
+        self, values: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Run what follows a step for those who ask. values: what it takes beside the step's outputs; outputs: what `run`, or a replay,
+        returned."""
+        call, kernel = self.graph.follow_up, self._follow_up_kernel
+        if call is None or kernel is None:
+            raise InvariantError("this step graph has nothing that could follow a step")
+        known = {**values, **dict(zip(self.graph.outputs, outputs, strict=True))}
+        found: tuple[torch.Tensor, ...] = kernel(*[known[name] for name, _ in call.inputs], *call.constants)
+        return found
+
+
+def _overload(name: str) -> OpOverload:
+    """The operator of a name as str() tells it."""
+    overload: OpOverload = operator.attrgetter(name)(torch.ops)
+    return overload
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,11 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from toka.compile.region_graph import Recipe, RegionGraph
-from toka.compile.step_graph import Region, StepGraph
+from toka.compile.step_graph import OperatorCall, Region, StepGraph, TensorSpec
 
 MAX_INLINE_READS = 4  # torch._inductor.config.realize_reads_threshold
 
@@ -72,10 +73,18 @@ def _lists_of_the_sampler(given: Sequence[SizedTensor], returned: Sequence[Sized
     return sample.workspace_bytes(*given[0].shape)
 
 
+def _candidates_of_logprobs(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
+    from toka.kernels.triton import token_logprobs
+
+    num_places, vocab_size = given[0].shape
+    return token_logprobs.workspace_bytes(num_places, vocab_size, returned[2].shape[1])
+
+
 # (device type, operator) → its workspace. Operators that are not listed take nothing.
 WORKSPACES: Mapping[tuple[str, str], Workspace] = {
     ("cuda", "toka_triton::paged_attention"): _states_of_splits,
     ("cuda", "toka_triton::sample"): _lists_of_the_sampler,
+    ("cuda", "toka_triton::token_logprobs"): _candidates_of_logprobs,
 }
 
 
@@ -122,7 +131,34 @@ def step_activations(
         if during > peak:
             peak, largest = during, call.region
         alive.update(zip(call.outputs, regions[call.region].outputs, strict=True))
+    if graph.follow_up is not None:  # it runs when all but the outputs is gone
+        during = sum(alive.get(name, 0) for name in graph.outputs)
+        during += operator_bytes(graph.follow_up, sizes, device, workspaces)
+        if during > peak:
+            peak, largest = during, graph.follow_up.op
     return StepActivations(peak, largest, regions)
+
+
+def operator_bytes(
+    call: OperatorCall, sizes: Mapping[str, int], device: str, workspaces: Mapping[tuple[str, str], Workspace]
+) -> int:
+    """What the operator returns and takes for itself, and the inputs that are not the graph's (all but the first)."""
+
+    def meta(spec: TensorSpec) -> torch.Tensor:
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        return torch.empty(shape, dtype=spec.dtype, device="meta")
+
+    given = [meta(spec) for _, spec in call.inputs]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        returned = getattr(torch.ops.toka, call.op)(*given, *call.constants)
+    workspace = 0
+    for (on, name), rule in workspaces.items():
+        if on == device and name.partition("::")[2] == call.op:
+            workspace = rule(
+                *([SizedTensor(tuple(t.shape), t.dtype) for t in tensors] for tensors in (given, returned))
+            )
+    held: int = sum(tensor.nbytes for tensor in (*given[1:], *returned))
+    return workspace + held
 
 
 def region_memory(

@@ -33,8 +33,8 @@ class Recipe:
 class RowSelection:
     """Names of a region's inputs that say which rows of its hidden states matter at the end.
 
-    index [S]: places of tokens in the batch, each the last token of its row. rows, query_start, seq_lens: the same for attention
-    over those tokens alone (one query a row).
+    index [S]: places of tokens in the batch. rows, query_start, seq_lens: the same for attention over those tokens alone, one query each
+    (several may be of one row; each sees what comes before itself).
     """
 
     index: str

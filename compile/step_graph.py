@@ -66,13 +66,30 @@ class Call:
 
 
 @dataclass(frozen=True)
+class OperatorCall:
+    """One of toka's operators, called as it is, outside of what is compiled and captured: a region of its own would take as long to compile
+    as a layer, for nothing. Its kernel is chosen with the others.
+
+    inputs: (name, spec) of the tensors that it takes, outputs of the graph or given by the caller. constants: the arguments behind them.
+    """
+
+    op: str
+    inputs: tuple[tuple[str, TensorSpec], ...]
+    constants: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StepGraph:
-    """All regions and the calls in order. inputs: names that the caller binds before a run; outputs: names it gets back."""
+    """All regions and the calls in order. inputs: names that the caller binds before a run; outputs: names it gets back.
+
+    follow_up: runs behind the steps in which somebody asks for it; None if there is nothing to ask for.
+    """
 
     regions: tuple[Region, ...]
     calls: tuple[Call, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    follow_up: OperatorCall | None = None
 
     def __post_init__(self) -> None:
         regions = {region.name: region for region in self.regions}

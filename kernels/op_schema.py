@@ -18,6 +18,10 @@ paged_attention: causal attention of query_THD [T, Hq, D] over the cache; return
 sample: draws one token id a row from logits_RV; returns int32 [R], and sets last_token[row] of every row >= 0. Tables of
     [max_rows]: temperature, top_p, min_p float32; top_k, held_back_until, last_token int32; seed int64;
     held_back_ids int32 [max_rows, 16]. The position of the token to be drawn is seq_lens_R[i]. See reference/sample.py.
+token_logprobs: of softmax(logits_SV) as the model gave them, no setting applied: logprob float32 [S] and rank int32 [S] (1 = likeliest) of
+    the tokens ids_S (int32), and ids int32 [S, k] and logprobs float32 [S, k] of the k likeliest. Of equal logits the lower id comes first.
+    The value of a token is the same to the bit in both places. An id below 0 asks for nothing: its place gives -inf, 0, -1 and -inf; so do
+    the places beyond the vocabulary where this has fewer than k tokens.
 rope_write_kv: turns queries and keys by their tokens' angles (rotate-half, as models/rope.py), stores keys and values as write_kv
     does, returns the turned queries, contiguous [T, Hq, D]. cos_TF, sin_TF [T, D / 2] in the query's dtype.
 linear: x_NI · weight_OIᵀ + bias_O → [N, O]; sums in float32, in an order that does not depend on N.
@@ -50,6 +54,7 @@ SCHEMAS: dict[str, str] = {
         "(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
         "Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor(a!) last_token) -> Tensor"
     ),
+    "token_logprobs": "(Tensor logits_SV, Tensor ids_S, int k) -> (Tensor, Tensor, Tensor, Tensor)",
     "rope_write_kv": (
         "(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor cos_TF, Tensor sin_TF, Tensor(a!) key_cache, "
         "Tensor(b!) value_cache, Tensor slots_T) -> Tensor"

@@ -19,6 +19,7 @@ from toka.kernels.reference.merge_attention import merge_attention
 from toka.kernels.reference.paged_attention import paged_attention
 from toka.kernels.reference.rope_write_kv import rope_write_kv
 from toka.kernels.reference.sample import sample
+from toka.kernels.reference.token_logprobs import token_logprobs
 from toka.kernels.reference.write_kv import write_kv
 
 REFERENCE_NAMESPACE = "toka"
@@ -35,6 +36,16 @@ def _fake_paged_attention(query_THD: Tensor, *_: object) -> Tensor:
 
 def _fake_sample(logits_RV: Tensor, rows_R: Tensor, *_: object) -> Tensor:
     return logits_RV.new_empty(rows_R.shape, dtype=torch.int32)
+
+
+def _fake_token_logprobs(logits_SV: Tensor, ids_S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_places = ids_S.shape[0]
+    return (
+        logits_SV.new_empty((num_places,), dtype=torch.float32),
+        logits_SV.new_empty((num_places,), dtype=torch.int32),
+        logits_SV.new_empty((num_places, k), dtype=torch.int32),
+        logits_SV.new_empty((num_places, k), dtype=torch.float32),
+    )
 
 
 def _fake_rope_write_kv(query_THD: Tensor, *_: object) -> Tensor:
@@ -69,6 +80,7 @@ _REFERENCES: dict[str, Callable[..., object]] = {
     "write_kv": write_kv,
     "paged_attention": paged_attention,
     "sample": sample,
+    "token_logprobs": token_logprobs,
     "rope_write_kv": rope_write_kv,
     "linear": linear,
     "pack_linear": pack_linear,
@@ -81,6 +93,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "write_kv": _fake_write_kv,
     "paged_attention": _fake_paged_attention,
     "sample": _fake_sample,
+    "token_logprobs": _fake_token_logprobs,
     "rope_write_kv": _fake_rope_write_kv,
     "linear": _fake_linear,
     "pack_linear": _fake_pack_linear,

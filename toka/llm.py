@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
 from toka.config import Config, hub_offline, num_available_cores, set_engine_environment
 from toka.errors import ConfigError
-from toka.messages import EngineStats, Submit, pack_tokens
+from toka.messages import EngineStats, Submit, TokenLogprob, pack_tokens
 from toka.model_source import locate, read_hf_config
 from toka.params import SamplingParams
 from toka.text.generated_text import GeneratedText
@@ -38,20 +38,29 @@ _SERVER_FLAGS = {
 
 @dataclasses.dataclass
 class Completion:
-    """One sample. token_ids: everything generated, an end token included. finish_reason: "stop" or "length"."""
+    """One sample. token_ids: everything generated, an end token included. finish_reason: "stop" or "length".
+
+    logprobs: one entry for each of token_ids; None unless SamplingParams.logprobs asks.
+    """
 
     text: str = ""
     token_ids: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclasses.dataclass
 class RequestOutput:
-    """One prompt and its `n` samples. num_cached_tokens: of the prompt, found in the prefix cache."""
+    """One prompt and its `n` samples. num_cached_tokens: of the prompt, found in the prefix cache.
+
+    prompt_logprobs: one entry for each token of the prompt, None for the first, which nothing predicts; None unless
+    SamplingParams.prompt_logprobs asks.
+    """
 
     prompt_token_ids: list[int]
     completions: list[Completion]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 class LLM:
@@ -144,13 +153,29 @@ def _as_list(prompts: Any) -> list[Prompt]:
     return [prompts] if is_one else list(prompts)
 
 
+def _empty_completion(params: SamplingParams) -> Completion:
+    return Completion(logprobs=None if params.logprobs is None else [])
+
+
+def _cut(entry: TokenLogprob, num_top: int | None) -> TokenLogprob:
+    """The entry with no more of the likeliest tokens than were asked for."""
+    return entry._replace(top=entry.top[:num_top])
+
+
+class _Sample(NamedTuple):
+    output: RequestOutput
+    completion: Completion
+    text: GeneratedText
+    params: SamplingParams
+
+
 class _Run:
     """The requests of one call of `generate`."""
 
     def __init__(self, llm: LLM):
         self._llm = llm
         self.outputs: list[RequestOutput] = []
-        self.samples: dict[int, tuple[RequestOutput, Completion, GeneratedText]] = {}
+        self.samples: dict[int, _Sample] = {}
 
     def submit(self, prompt: list[int], params: SamplingParams) -> None:
         llm, first_id = self._llm, next(self._llm._request_ids)
@@ -168,10 +193,13 @@ class _Run:
                 seed=seed,
             )
         )
-        output = RequestOutput(prompt, [Completion() for _ in range(params.n)])
+        output = RequestOutput(prompt, [_empty_completion(params) for _ in range(params.n)])
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None]
         self.outputs.append(output)
         for i, completion in enumerate(output.completions):
-            self.samples[first_id + i] = (output, completion, GeneratedText(llm.tokenizer.token_bytes, params))
+            text = GeneratedText(llm.tokenizer.token_bytes, params)
+            self.samples[first_id + i] = _Sample(output, completion, text, params)
 
     def to_the_end(self, bar: tqdm) -> None:
         engine = self._llm._engine
@@ -181,6 +209,7 @@ class _Run:
                 self._take(outputs, bar)
 
     def _take(self, outputs: TokenOutputs, bar: tqdm) -> None:
+        self._take_scores(outputs)
         entries = zip(
             outputs.request_ids.tolist(),
             outputs.token_ids.tolist(),
@@ -191,7 +220,7 @@ class _Run:
         for request_id, token_id, finish, num_cached in entries:
             if request_id not in self.samples:
                 continue  # ended by a stop string while this token was under way
-            output, completion, text = self.samples[request_id]
+            output, completion, text, _ = self.samples[request_id]
             if not completion.token_ids:
                 output.num_cached_tokens = max(output.num_cached_tokens, num_cached)
             if token_id >= 0:
@@ -203,6 +232,15 @@ class _Run:
                 bar.update()
                 if not finish:
                     self._llm._engine.abort([request_id])
+
+    def _take_scores(self, outputs: TokenOutputs) -> None:
+        for request_id, entry in outputs.prompt_scores.pack().entries() if outputs.prompt_scores else ():
+            sample = self.samples[request_id]
+            if sample.output.prompt_logprobs is not None:
+                sample.output.prompt_logprobs.append(_cut(entry, sample.params.prompt_logprobs))
+        for request_id, entry in outputs.scores.pack().entries() if outputs.scores else ():
+            if request_id in self.samples and (found := self.samples[request_id].completion.logprobs) is not None:
+                found.append(_cut(entry, self.samples[request_id].params.logprobs))
 
     def abort(self) -> None:
         """End what still runs, so that an interrupted call leaves nothing behind."""

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from toka.params import SamplingParams
+
+LEAST_LOGPROB = np.float32(-9999.0)  # stands for -inf, which JSON cannot say
 
 
 class FinishReason(enum.IntEnum):
@@ -92,12 +96,56 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     report: dict[str, object]
 
 
+class TokenLogprob(NamedTuple):
+    """How likely one token was. rank: 1 = likeliest. top: the likeliest tokens, (id, logprob), as many as whoever asked for most in that
+    step wanted or as there are. All values are finite: -9999.0 stands for a token that could not come."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class TokenScores(msgspec.Struct, frozen=True, kw_only=True):
+    """Logprobs of L tokens as columns; the tokens of one request stand in their order.
+
+    request_ids: int64 bytes. token_ids, ranks: int32 bytes. logprobs: float32 bytes. top_ids, top_logprobs: int32 and float32 bytes
+    [L, width], likeliest first, -1 where the vocabulary has no more.
+    """
+
+    request_ids: bytes
+    token_ids: bytes
+    logprobs: bytes
+    ranks: bytes
+    top_ids: bytes
+    top_logprobs: bytes
+    width: int
+
+    def entries(self) -> Iterator[tuple[int, TokenLogprob]]:
+        """(request id, what is known of its next token), token by token."""
+        request_ids = np.frombuffer(self.request_ids, "<i8").tolist()
+        columns = (
+            np.frombuffer(self.token_ids, "<i4").tolist(),
+            np.maximum(np.frombuffer(self.logprobs, "<f4"), LEAST_LOGPROB).tolist(),
+            np.frombuffer(self.ranks, "<i4").tolist(),
+            np.frombuffer(self.top_ids, "<i4").reshape(len(request_ids), self.width).tolist(),
+            np.maximum(np.frombuffer(self.top_logprobs, "<f4"), LEAST_LOGPROB)
+            .reshape(len(request_ids), self.width)
+            .tolist(),
+        )
+        for request_id, token_id, logprob, rank, ids, logprobs in zip(request_ids, *columns, strict=True):
+            top = [pair for pair in zip(ids, logprobs, strict=True) if pair[0] >= 0]
+            yield request_id, TokenLogprob(token_id, logprob, rank, top)
+
+
 class StepOutputs(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     """All tokens of one step, packed: entry i is one token (or the end without a token) of request_ids[i].
 
     request_ids: int64 bytes. token_ids: int32 bytes, -1 = no token (ended by ERROR, EXPIRED or by a limit hit before a token).
     finish: uint8 bytes of FinishReason. cached: int32 bytes, prompt tokens taken from the prefix cache, valid on a request's
     first entry. stats: the engine's gauges after the step.
+    scores: of those of these tokens whose requests asked for logprobs. prompt_scores: of tokens of prompts, each after its predecessor
+    and never twice; all of a prompt (but its first token, which nothing predicts) have come by its request's first entry.
     """
 
     request_ids: bytes
@@ -105,6 +153,8 @@ class StepOutputs(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     finish: bytes
     cached: bytes
     stats: EngineStats
+    scores: TokenScores | None = None
+    prompt_scores: TokenScores | None = None
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import msgspec
 from toka.errors import RequestError
 
 MAX_SAMPLES_PER_REQUEST = 128
+MAX_LOGPROBS = 20  # likeliest tokens that a request can ask for; the device always finds so many when anybody asks
 MAX_STOP_TOKEN_IDS = 16  # the width of the sampler's table of token ids that min_tokens holds back
 
 
@@ -17,7 +18,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling settings of one request; the defaults are those of OpenAI's API.
 
     n: independent samples of one prompt.
-    max_tokens: tokens to generate at most; None = as many as the context allows.
+    max_tokens: tokens to generate at most; None = as many as the context allows; 0 = only compute the prompt, for its logprobs.
     min_tokens: before so many tokens no end-of-sequence or stop token can be drawn and no stop string ends the request.
     temperature: 0 = greedy. top_k: 0 = off. top_p: 1 = off. min_p: 0 = off, else drop tokens whose probability is below
         min_p times that of the likeliest token. Filters apply in this order: temperature, top_k, top_p, min_p.
@@ -25,6 +26,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         products, which changes with the batch, moves a draw across the border between two tokens); None = drawn per request.
     stop: strings that end the text, not part of it. stop_token_ids: token ids that end it (at most 16).
     ignore_eos: go on past the model's own end-of-sequence tokens.
+    logprobs: with every generated token its logprob, and those of so many of the likeliest tokens; None = off, at most 20.
+        Of the model's distribution: temperature and filters change them not.
+    prompt_logprobs: the same for the prompt's tokens, but the first; the prompt is then computed whole, whatever the prefix cache holds.
     """
 
     n: int = 1
@@ -38,6 +42,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def check(self) -> SamplingParams:
         """Return self, or raise RequestError naming the field that is out of range."""
@@ -45,7 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             1 <= self.n <= MAX_SAMPLES_PER_REQUEST, "n", f"must be between 1 and {MAX_SAMPLES_PER_REQUEST}", self.n
         )
         if self.max_tokens is not None:
-            _require(self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
+            _require(self.max_tokens >= 0, "max_tokens", "must be 0 or more", self.max_tokens)
         _require(self.min_tokens >= 0, "min_tokens", "must be 0 or more", self.min_tokens)
         if self.max_tokens is not None:
             _require(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens", self.min_tokens)
@@ -60,6 +66,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _require(0.0 <= self.min_p <= 1.0, "min_p", "must be between 0 and 1", self.min_p)
         if self.seed is not None:
             _require(-(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits", self.seed)
+        for name, asked in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if asked is not None:
+                _require(0 <= asked <= MAX_LOGPROBS, name, f"must be between 0 and {MAX_LOGPROBS}", asked)
         _require(all(self.stop), "stop", "must not contain an empty string", "")
         _require(
             len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,

@@ -62,6 +62,20 @@ class SharedPrefixPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """Which logprobs a step is to find.
+
+    drawn: bool [D], of which of the tokens that the step draws, in the order of their rows.
+    places: int32 [P], tokens of the batch after which nothing is drawn, since the prompt goes on; targets: int32 [P], the ids that follow
+    them there and whose logprobs are wanted. D + P is at most the rows that a step can have.
+    """
+
+    drawn: npt.NDArray[np.bool_]
+    places: I32
+    targets: I32
+
+
+@dataclass(frozen=True, slots=True)
 class BatchPlan:
     """One step.
 
@@ -73,6 +87,7 @@ class BatchPlan:
     samples: bool [R], whether the token drawn after row i's last token is wanted (False in the middle of a prefill).
     table, settings: changes of the tables on the device, applied in this order before the step runs.
     shared: which rows share a prefix, None = none do. It never changes a result.
+    scoring: None where nobody asks for logprobs.
     """
 
     step: int
@@ -84,6 +99,7 @@ class BatchPlan:
     table: BlockTableChanges
     settings: RowSettings
     shared: SharedPrefixPlan | None = None
+    scoring: Scoring | None = None
 
     @property
     def num_rows(self) -> int:
@@ -92,6 +108,11 @@ class BatchPlan:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens of which the step computes logits."""
+        return int(np.count_nonzero(self.samples)) + (0 if self.scoring is None else len(self.scoring.places))
 
     def positions(self) -> I32:
         """Position in its request of every token; int32 [T]."""
@@ -107,8 +128,26 @@ class BatchPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class StepLogprobs:
+    """Of the model's distribution, no setting applied, for the D tokens drawn and then the P places of the plan's Scoring.
+
+    logprobs float32 [D + P], ranks int32 [D + P] (1 = likeliest); top_ids int32, top_logprobs float32 [D + P, MAX_LOGPROBS], likeliest
+    first (beyond a small vocabulary -1 and -inf). Meaningless for drawn tokens that did not ask.
+    """
+
+    logprobs: F32
+    ranks: I32
+    top_ids: I32
+    top_logprobs: F32
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the step with the same number drew: sampled int32 [R], in the plan's row order (meaningless where samples is False)."""
+    """What the step with the same number drew: sampled int32 [R], in the plan's row order (meaningless where samples is False).
+
+    logprobs: None if the plan asked for none.
+    """
 
     step: int
     sampled: I32
+    logprobs: StepLogprobs | None = None

@@ -51,7 +51,8 @@ def obtain(model: CausalLM, setup: EngineSetup, progress: WarmupProgress, report
     """
     graph = build_step_graph(model, setup.dtype, setup.config.block_size)
     if not setup.config.torch_compile:
-        return CompiledModel(graph, _eager(graph, setup, progress, report))
+        regions, kernels = _eager(graph, setup, progress, report)
+        return CompiledModel(graph, regions, _overloads(kernels))
     found = obtain_artifact(model, graph, setup, progress)
     with progress.phase("load code"):
         for library in found.manifest.libraries:
@@ -62,7 +63,7 @@ def obtain(model: CausalLM, setup: EngineSetup, progress: WarmupProgress, report
     _note(report, found.manifest.kernels)
     report.artifact = str(found.directory)
     report.regions = [RegionReport(entry.name, entry.seconds) for entry in found.manifest.regions]
-    return CompiledModel(graph, regions)
+    return CompiledModel(graph, regions, _overloads(found.manifest.kernels))
 
 
 def obtain_artifact(model: CausalLM, graph: StepGraph, setup: EngineSetup, progress: WarmupProgress) -> Artifact:
@@ -167,7 +168,7 @@ def _build(target: Path, graph: StepGraph, wanted: Identity, setup: EngineSetup,
 
 def _eager(
     graph: StepGraph, setup: EngineSetup, progress: WarmupProgress, report: WarmupReport
-) -> dict[str, LoadedRegion]:
+) -> tuple[dict[str, LoadedRegion], tuple[KernelEntry, ...]]:
     families = {"reference", "torch"}
     try:
         with progress.phase("kernels"):
@@ -180,8 +181,13 @@ def _eager(
         log.warning("torch_compile=F runs on the plain-torch reference kernels, many times slower, since %s", error)
     with progress.phase("trace"):
         graphs, chosen = builder.transform(graph, setup.device, kernel_chooser(setup, families))
-    _note(report, builder.kernel_entries(chosen))
-    return eager_regions(graphs)
+    kernels = builder.kernel_entries(chosen)
+    _note(report, kernels)
+    return eager_regions(graphs), kernels
+
+
+def _overloads(kernels: Iterable[KernelEntry]) -> dict[str, str]:
+    return {kernel.op: kernel.overload for kernel in kernels}
 
 
 def _note(report: WarmupReport, kernels: tuple[KernelEntry, ...]) -> None:

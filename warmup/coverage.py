@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import SHARED_PREFIX_STEP, BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
+from toka.plan import SHARED_PREFIX_STEP, BatchPlan, BlockTableChanges, RowSettings, Scoring, SharedPrefixPlan
 from toka.runner.model_runner import ModelRunner
 from toka.runner.step_buffers import Bucket
+
+_NO_I32 = np.empty(0, dtype=np.int32)
 
 
 def buckets(runner: ModelRunner) -> Iterator[Bucket]:
@@ -33,10 +35,11 @@ def buckets(runner: ModelRunner) -> Iterator[Bucket]:
             yield runner.bucket_for(size, 1)
 
 
-def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool) -> BatchPlan:
+def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool, scored: bool = False) -> BatchPlan:
     """A plan that fills a bucket with made-up requests in blocks from 0 up; only for a KV cache that holds nothing yet.
 
     Rows share the bucket's tokens evenly; each begins at position 0. sampled: draw at temperature 1 with every filter on, else greedily.
+    scored: with the logprobs of every token drawn.
     """
     rows = np.arange(bucket.num_rows, dtype=np.int32)
     starts = np.linspace(0, bucket.num_tokens, bucket.num_rows + 1).astype(np.int32)
@@ -60,6 +63,7 @@ def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: boo
         samples=samples,
         table=table,
         settings=_settings(rows, sampled),
+        scoring=Scoring(samples[samples], _NO_I32, _NO_I32) if scored else None,
     )
 
 

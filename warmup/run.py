@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ def _measure(
     """
     bucket, block_size = next(coverage.buckets(runner)), setup.config.block_size
     num_blocks = bucket.num_rows + -(-bucket.num_tokens // block_size) + SHARED_PREFIX_STEP
-    plans = [coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True)]
+    plans = [coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True, scored=True)]
     if runner.sizes.max_shared_groups and runner.sizes.max_blocks_per_row * block_size > 2 * SHARED_PREFIX_STEP:
         plans.insert(0, coverage.shared_prefix_plan(runner.sizes.max_rows, num_blocks, block_size))
 
@@ -122,7 +123,7 @@ def _run_buckets(
     with progress.phase("buckets", num_parts=len(buckets)):
         for index, bucket in enumerate(buckets):
             progress.detail(f"{bucket.num_tokens} tokens")
-            plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0)
+            plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True)
             report.buckets.append(_ready_bucket(runner, plan, bucket, setup.device))
             progress.advance()
 
@@ -137,6 +138,8 @@ def _ready_bucket(runner: ModelRunner, plan: BatchPlan, bucket: Bucket, device: 
     before = memory.device_memory_in_use(device)
     runner.capture(plan, bucket)
     captured = memory.device_memory_in_use(device) - before
+    runner.run(plan)  # with logprobs, which are not part of what is captured
+    plan = dataclasses.replace(plan, scoring=None)
     began = time.perf_counter()
     runner.run(plan)
     run_us = (time.perf_counter() - began) * 1e6

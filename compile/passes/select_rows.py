@@ -1,8 +1,8 @@
 """Drop the computing of rows that need no logits.
 
-The step's last region computes a layer for all T tokens and then keeps the S whose successor is drawn: `hidden[index]`. This pass
+The step's last region computes a layer for all T tokens and then keeps the S whose logits are wanted: `hidden[index]`. This pass
 moves that selection towards the inputs, through every operator whose rows do not mix, as far as a value has no reader that wants
-all rows. Attention takes it too: the selected tokens are the last of their rows, so it attends with one query a row. What is left
+all rows. Attention takes it too: each selected token attends as a row of its own with one query. What is left
 for all T tokens is what others will read later, the keys and values in the cache (and the norm before them).
 """
 

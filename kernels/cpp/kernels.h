@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace toka {
 
@@ -18,6 +19,8 @@ Tensor paged_attention(Tensor query_THD, Tensor key_cache, Tensor value_cache, T
 
 Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p,
               Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(Tensor logits_SV, Tensor ids_S, int64_t k);
 
 Tensor rope_write_kv(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor cos_TF, Tensor sin_TF, Tensor key_cache,
                      Tensor value_cache, Tensor slots_T);

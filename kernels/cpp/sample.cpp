@@ -5,12 +5,12 @@
 #include <vector>
 
 #include "kernels.h"
+#include "logits.h"
 #include "tensors.h"
 
 namespace toka {
 namespace {
 
-constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr float kSmallest = std::numeric_limits<float>::min();
 constexpr int64_t kBlock = 64;                // logits looked at together; a multiple of kLanes
 constexpr int64_t kParallelLogits = 1 << 16;  // fewer logits than this are handled by the calling thread
@@ -41,21 +41,6 @@ uint64_t mix(uint64_t z) {
 double uniform(int64_t seed, int64_t position) {
   const uint64_t bits = mix(mix(static_cast<uint64_t>(seed)) + static_cast<uint64_t>(position + 1) * 0x9E3779B97F4A7C15ull);
   return static_cast<double>(bits >> 11) * 0x1.0p-53;
-}
-
-// NaN becomes -inf (it compares false), +inf the largest finite number.
-vfloat drawable(vfloat x) {
-  x = x > broadcast(-kInfinity) ? x : broadcast(-kInfinity);
-  return x < broadcast(kLargest) ? x : broadcast(kLargest);
-}
-
-// Lane-wise load of logits[i : i + kLanes], -inf past the end.
-template <typename T>
-vfloat load_logits(const T* logits, int64_t i, int64_t count) {
-  if (i + kLanes <= count) return drawable(load(logits + i));
-  vfloat x = broadcast(-kInfinity);
-  for (int64_t lane = 0; i + lane < count; ++lane) x[lane] = static_cast<float>(logits[i + lane]);
-  return drawable(x);
 }
 
 // The lowest id among the largest logits; -1 if all are -inf.

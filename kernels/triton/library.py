@@ -24,6 +24,7 @@ MODULES: dict[str, str] = {
     "rope_write_kv": "rope_write_kv",
     "sample": "sample",
     "sparse_logits": "sparse_logits",
+    "token_logprobs": "token_logprobs",
     "write_kv": "write_kv",
 }
 

@@ -1,4 +1,5 @@
-"""What the sampler's kernels share (see sample.py): what a row asks for, its logits as they can be drawn, their weights, one random number.
+"""What the sampler's kernels share (see sample.py): what a row asks for, its logits as they can be drawn, their weights, one random
+number. token_logprobs.py reads logits as they do.
 
 Legend: N ids looked at together.
 """
@@ -37,11 +38,17 @@ def kind_of(row, vocab_size, temperature_ptr, top_k_ptr, top_p_ptr):
 
 
 @triton.jit
+def drawable(logit):
+    """A logit as float32: -inf for NaN, no +inf, no -0."""
+    logit = logit.to(tl.float32)
+    logit = tl.where(logit == logit, tl.minimum(logit, LARGEST), float("-inf"))
+    return tl.where(logit == 0.0, 0.0, logit)
+
+
+@triton.jit
 def load_logits(logits_ptr, id_N, mask_N, held_ptr, num_held):
     """Logits of one row as float32: -inf for what can't be drawn (NaN, the held-back ids, beyond the mask), no +inf, no -0."""
-    logit_N = tl.load(logits_ptr + id_N, mask=mask_N, other=float("-inf")).to(tl.float32)
-    logit_N = tl.where(logit_N == logit_N, tl.minimum(logit_N, LARGEST), float("-inf"))
-    logit_N = tl.where(logit_N == 0.0, 0.0, logit_N)
+    logit_N = drawable(tl.load(logits_ptr + id_N, mask=mask_N, other=float("-inf")))
     for i in range(0, num_held):
         logit_N = tl.where(id_N == tl.load(held_ptr + i), float("-inf"), logit_N)
     return logit_N

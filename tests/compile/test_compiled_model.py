@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,8 @@ from toka.compile.artifact import Artifact
 from toka.compile.compiled_model import CompiledModel, eager_regions, load_regions, make_parameters
 from toka.compile.passes.select_kernels import ChosenKernel
 from toka.compile.region_graph import Recipe
-from toka.compile.step_graph import StepGraph
+from toka.compile.step_graph import OperatorCall, StepGraph, TensorSpec
+from toka.errors import InvariantError
 
 WIDTH = 8
 CPU = torch.device("cpu")
@@ -42,6 +44,23 @@ def expected(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> list[torch.Te
 
 def eager_model(graph: StepGraph) -> CompiledModel:
     return CompiledModel(graph, eager_regions(builder.transform(graph, CPU, reference_kernel)[0]))
+
+
+def test_a_follow_up_reads_what_the_step_gave_out(graph: StepGraph) -> None:
+    x, ids = ("x", TensorSpec(torch.float32, ("T", WIDTH))), ("ids", TensorSpec(torch.int32, ("T",)))
+    asking = dataclasses.replace(graph, follow_up=OperatorCall("token_logprobs", (x, ids), (2,)))
+    regions, chosen = builder.transform(asking, CPU, reference_kernel)
+    kernels = {each.op: str(each.overload) for each in chosen}
+    assert kernels["token_logprobs"] == "toka.token_logprobs.default"
+    model = CompiledModel(asking, eager_regions(regions), kernels)
+    model.bind(random_weights())
+    outputs = model.run(values(3))
+    given = torch.tensor([0, 5, 7], dtype=torch.int32)
+    found = model.follow_up({"ids": given}, outputs)
+    for one, other in zip(found, torch.ops.toka.token_logprobs(outputs[0], given, 2), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(InvariantError, match="nothing that could follow"):
+        eager_model(graph).follow_up({}, outputs)
 
 
 def assert_right_at_every_size(model: CompiledModel) -> None:

@@ -15,12 +15,13 @@ from toka.compile.memory_plan import (
     WORKSPACES,
     RegionMemory,
     SizedTensor,
+    Workspace,
     parameter_bytes,
     region_memory,
     step_activations,
 )
 from toka.compile.region_graph import Recipe
-from toka.compile.step_graph import Call, Region, StepGraph, TensorSpec
+from toka.compile.step_graph import Call, OperatorCall, Region, StepGraph, TensorSpec
 from toka.compile.trace import trace
 
 WIDTH, TOKENS = 32, 50
@@ -118,7 +119,8 @@ def test_a_declared_workspace_counts_while_its_kernel_runs() -> None:
 
 
 def test_what_triton_kernels_take_for_themselves() -> None:
-    """By hand: the sampler cuts 128,256 logits into 32 chunks; a row's 131,072 keys make 64 splits, each a float32 head and one more.
+    """By hand: the sampler cuts 128,256 logits into 32 chunks, token_logprobs into 63 of 20 candidates each; a row's 131,072 keys make 64
+    splits, each a float32 head and one more.
 
     Where rows can share prefixes, each of three levels has two numbers, and up to 16 splits, as far as those of all the table's rows fit in
     128 MiB.
@@ -126,6 +128,9 @@ def test_what_triton_kernels_take_for_themselves() -> None:
     logits = SizedTensor((10, 128_256), torch.bfloat16)
     chunks, lists = 32 * (4 + 4 + 6 * (8 + 4)), 6 * 4 + 8192 * 4
     assert WORKSPACES["cuda", "toka_triton::sample"]([logits], []) == 10 * (chunks + lists)
+    top_ids = SizedTensor((10, 20), torch.int32)
+    found = WORKSPACES["cuda", "toka_triton::token_logprobs"]([logits], [top_ids, top_ids, top_ids, top_ids])
+    assert found == 10 * 63 * (4 + 4 + 4 + 20 * 8)
     query, cache = SizedTensor((9, 32, 128), torch.bfloat16), SizedTensor((1, 8, 16, 128), torch.bfloat16)
     table, rows, starts = (SizedTensor(shape, torch.int32) for shape in ((64, 8192), (4,), (5,)))
     attention = WORKSPACES["cuda", "toka_triton::paged_attention"]
@@ -154,6 +159,22 @@ def test_values_live_until_their_name_is_written_again() -> None:
     assert peak("x", "y") == 2 * ROW
     assert peak("x", "y", "y", "y") == 3 * ROW
     assert peak("x", "a", "b", "c") == 4 * ROW
+
+
+def test_a_follow_up_runs_when_all_but_the_outputs_is_gone() -> None:
+    traced = region(lambda x, w: (F.linear(x, w),))
+    modules = {"r": trace(traced, torch.device("cpu")).module}
+    calls = tuple(Call("r", ("weight",), ("x",), (result,)) for result in ("a", "b", "c"))
+    without = StepGraph((traced,), calls, ("x",), ("c",))
+    assert step_activations(without, modules, {"T": TOKENS}, "cpu").peak == 3 * ROW
+    logits, ids = TensorSpec(torch.float32, ("T", WIDTH)), TensorSpec(torch.int32, ("T",))
+    with_it = dataclasses.replace(
+        without, follow_up=OperatorCall("token_logprobs", (("c", logits), ("ids", ids)), (60,))
+    )
+    workspaces: dict[tuple[str, str], Workspace] = {("cpu", "toka_cpp::token_logprobs"): lambda given, returned: 1000}
+    found = step_activations(with_it, modules, {"T": TOKENS}, "cpu", workspaces)
+    of_operator = TOKENS * (4 + 4 + 4 + 60 * 8)  # ids, logprob, rank, and 60 likeliest
+    assert (found.peak, found.largest_region) == (ROW + of_operator + 1000, "token_logprobs")
 
 
 def test_parameters_count_once_however_often_they_are_used() -> None:

@@ -24,6 +24,8 @@ BLOCK_SIZE, NUM_BLOCKS, MAX_ROWS = 8, 16, 6
 LENS = (5, 1, 9)  # new tokens of each row; the second continues a cached prefix
 CACHED = (0, 7, 0)
 NUM_PADDED_TOKENS, NUM_PADDED_ROWS, SAMPLED = 2, 1, (0, 2)  # the rows whose successor is drawn; one padded sample
+SCORED = (6, 8)  # tokens of the last row that are scored beside; no successor of theirs is drawn
+NUM_SAMPLES = len(SAMPLED) + len(SCORED)
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
@@ -89,10 +91,11 @@ def inputs_of(region: Region) -> dict[str, Tensor]:
         "shared_groups": torch.zeros(1, 5, dtype=torch.int32),
         "shared_members": torch.zeros(1, dtype=torch.int32),
         "shared_lens": torch.zeros(MAX_ROWS, dtype=torch.int32),
-        "sample_index": padded(starts[1:][sampled] - 1, 0, 1),
-        "sample_rows": padded(sampled, -1, 1),
-        "sample_query_start": torch.tensor([0, 1, 2, 2], dtype=torch.int32),
-        "sample_seq_lens": padded(seq_lens[sampled], 0, 1),
+        "sample_index": padded(index := torch.cat([starts[1:][sampled] - 1, torch.tensor(SCORED)]), 0, 1),
+        "sample_rows": padded(rows[index], -1, 1),
+        "sample_query_start": padded(torch.arange(NUM_SAMPLES + 1), NUM_SAMPLES, 1),
+        "sample_seq_lens": padded(positions[index] + 1, 0, 1),
+        "draw_rows": padded(sampled, -1, 1 + len(SCORED)),
         "last_token": torch.zeros(MAX_ROWS, dtype=torch.int32),
         "temperature": torch.zeros(MAX_ROWS),
         "top_k": torch.zeros(MAX_ROWS, dtype=torch.int32),
@@ -104,7 +107,8 @@ def inputs_of(region: Region) -> dict[str, Tensor]:
     }
     made = {}
     for name, spec in region.inputs:
-        shape = [{"T": num_tokens + NUM_PADDED_TOKENS, "B": NUM_BLOCKS}.get(str(size), size) for size in spec.shape]
+        sizes = {"T": num_tokens + NUM_PADDED_TOKENS, "B": NUM_BLOCKS, "S": NUM_SAMPLES + 1}
+        shape = [sizes.get(str(size), size) for size in spec.shape]
         made[name] = known[name] if name in known else torch.randn(shape, generator=random)  # type: ignore[arg-type]
     return made
 
@@ -129,9 +133,10 @@ def test_each_pass_keeps_its_promise(family: str, name: str) -> None:
         after = run(graph, region)
         for expected, found in zip(before, after, strict=True):
             assert found.shape == expected.shape and found.dtype == expected.dtype
-            real = expected[: sum(LENS)] if expected.shape[:1] == (sum(LENS) + NUM_PADDED_TOKENS,) else expected
-            difference = (found[: len(real)].double() - real.double()).abs().max()
-            assert difference <= each.tolerance * real.double().abs().max(), f"{each.name}: off by {difference:.2e}"
+            padded = {sum(LENS) + NUM_PADDED_TOKENS: sum(LENS), NUM_SAMPLES + 1: NUM_SAMPLES}
+            real = expected[: padded.get(len(expected), len(expected))].double()
+            difference = (found[: len(real)].double() - real).abs().max()
+            assert difference <= each.tolerance * real.abs().max(), f"{each.name}: off by {difference:.2e}"
         before = after
 
 

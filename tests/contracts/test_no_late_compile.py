@@ -1,5 +1,5 @@
 """After ready nothing is compiled, whatever comes: every bucket's edges, steps that draw nothing, every sampling setting, samples,
-mixed and pure batches, aborts. The counter that the tests look at is asked first whether it can count.
+logprobs of tokens and of prompts, mixed and pure batches, aborts. The counter that the tests look at is asked first whether it can count.
 """
 
 from __future__ import annotations
@@ -133,6 +133,26 @@ def test_every_sampling_setting_with_every_other(driver: Driver) -> None:
     for values in combinations:
         driver.submit(3, **dict(zip(SETTINGS, values, strict=True)), stop_token_ids=(5, 1))
     assert len(driver.finish()) == len(combinations)
+
+
+def test_scored_prompts_of_every_length_up_to_more_than_a_step(driver: Driver) -> None:
+    """Each step holds as many places of the prompt as it has samples, so these lengths meet every size, alone and beside decodes."""
+    driver.buckets.clear()
+    for length in edges(driver.runner.sample_sizes, 2 * MAX_SEQS + 1):
+        for max_tokens in (0, 1, 3):
+            driver.submit(length, max_tokens=max_tokens, prompt_logprobs=0, logprobs=20)
+        assert driver.finish() == [FinishReason.LENGTH] * 3
+        driver.submit(length, max_tokens=0, prompt_logprobs=20)
+        assert driver.finish() == [FinishReason.LENGTH]
+    assert {bucket.num_samples for bucket in driver.buckets} == set(driver.runner.sample_sizes)
+
+
+@pytest.mark.parametrize("num_rows", range(1, MAX_SEQS + 1))
+def test_logprobs_of_some_rows_or_all(driver: Driver, num_rows: int) -> None:
+    for row in range(num_rows):
+        driver.submit(1, max_tokens=3, logprobs=(None, 0, 20)[row % 3], temperature=float(row % 2))
+        driver.submit(1, max_tokens=3, logprobs=5, n=2)
+    assert len(driver.finish()) == 3 * num_rows
 
 
 def test_prompts_among_decodes_and_aborts_at_any_point(driver: Driver) -> None:

@@ -13,7 +13,7 @@ import torch
 from toka.config import Config
 from toka.engine.build import build_engine
 from toka.engine.core import EngineCore
-from toka.messages import Ready, Submit, pack_tokens
+from toka.messages import Ready, Submit, TokenLogprob, pack_tokens
 from toka.model_source import ModelSource
 from toka.params import SamplingParams
 
@@ -144,6 +144,36 @@ def test_captured_steps_draw_what_eager_steps_draw(
         with engine_of(checkpoint, device, cache_dir, dtype=dtype, use_cudagraphs=use_cudagraphs) as (core, _):
             drawn.append([generate(core, PROMPTS), generate(core, PROMPTS[::-1], temperature=0.8)])
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("use_cudagraphs", [True, False])
+def test_logprobs_are_those_of_transformers(
+    device: str, reference: Any, checkpoint: ModelSource, cache_dir: Path, use_cudagraphs: bool
+) -> None:
+    """Of prompts and of generated tokens, behind captured steps of many sizes and beside requests that ask for none."""
+    with engine_of(checkpoint, device, cache_dir, use_cudagraphs=use_cudagraphs) as (core, _):
+        asks = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True, logprobs=3, prompt_logprobs=3)
+        plain = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+        for i, prompt in enumerate(PROMPTS):
+            for request_id, sampling in ((i + 1, asks), (i + 101, plain)):
+                submit = Submit(
+                    request_id=request_id, prompt=pack_tokens(prompt), sampling=sampling, stop_token_ids=(), seed=1
+                )
+                core.submit(submit)
+        found: dict[int, list[TokenLogprob]] = {i + 1: [] for i in range(len(PROMPTS))}
+        while core.has_work:
+            outputs = core.step()
+            for scored in (outputs.prompt_scores, outputs.scores) if outputs is not None else ():
+                for request_id, entry in scored.pack().entries() if scored is not None else ():
+                    found[request_id].append(entry)
+    for prompt, entries in zip(PROMPTS, found.values(), strict=True):
+        tokens = prompt[:1] + [entry.token_id for entry in entries]
+        assert tokens[: len(prompt)] == prompt and len(tokens) == len(prompt) + 9
+        with torch.inference_mode():
+            expected = reference(torch.tensor([tokens], device=device)).logits[0].double().log_softmax(-1).cpu()
+        for row, entry in zip(expected, entries, strict=False):
+            assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-3)
+            assert [value for _, value in entry.top[:3]] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("sizes", [(64, 8), (512, 16), (2048, 64)], ids=str)

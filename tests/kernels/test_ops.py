@@ -71,7 +71,7 @@ def arguments(op: str, lens: list[int]) -> tuple[Any, ...]:
 
 
 def product_arguments(op: str, num_rows: int) -> tuple[Any, ...]:
-    """Of the operators that are products, or work on parts of attention."""
+    """Of the operators that are products, or work on parts of attention or on logits."""
     x, weight, bias = torch.randn(num_rows, 12), torch.randn(VOCAB_SIZE, 12), torch.randn(VOCAB_SIZE)
     ids = torch.arange(num_rows, dtype=torch.int32)
     panels = torch.ops.toka.pack_linear(weight)
@@ -82,6 +82,7 @@ def product_arguments(op: str, num_rows: int) -> tuple[Any, ...]:
         "embedding_packed": (ids, panels),
         "merge_attention": (torch.randn(3, num_rows, 4, 8), torch.randn(3, num_rows, 4)),
         "sparse_logits": (x, weight, torch.stack([ids, ids - 1], dim=1)),
+        "token_logprobs": (torch.randn(num_rows, VOCAB_SIZE), ids - 1, 3),
     }[op]
 
 

@@ -52,6 +52,7 @@ def arguments(op: str) -> tuple[Any, ...]:
         "linear": (floats(NUM_TOKENS, 512), floats(1024, 512), floats(1024)),
         "sparse_logits": (floats(NUM_ROWS, 512), floats(VOCAB_SIZE, 512), ints(NUM_ROWS, 21)),
         "sample": (floats(NUM_ROWS, VOCAB_SIZE), ints(NUM_ROWS), ints(NUM_ROWS), *table),
+        "token_logprobs": (floats(NUM_ROWS, VOCAB_SIZE), ints(NUM_ROWS), 20),
     }[op]
 
 

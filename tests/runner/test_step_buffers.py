@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
+from toka.plan import BatchPlan, BlockTableChanges, RowSettings, Scoring, SharedPrefixPlan
 from toka.runner.device_tables import DeviceTables
 from toka.runner.step_buffers import Bucket, StepBuffers
+from toka.runner.step_program import DRAWN_TARGET, NO_TARGET
 
 CPU = torch.device("cpu")
 
@@ -72,9 +73,28 @@ def test_fill_pads_to_the_bucket() -> None:
         "sample_rows": [5, 2, -1, -1],
         "sample_seq_lens": [7, 10, 0, 0],
         "sample_query_start": [0, 1, 2, 2, 2],
+        "draw_rows": [5, 2, -1, -1],
+        "sample_targets": [0, 0, 0, 0],  # nobody asks, nobody reads them
         "shared_groups": [[0, 0, 0, 0, 0]],
         "shared_members": [0],
         "shared_lens": [0] * 8,
+    }
+
+
+def test_tokens_of_prompts_are_scored_behind_those_that_are_drawn() -> None:
+    """Of row 2's token (which asks; row 5 does not) and, behind them, of row 5's first token and both of row 0's prompt."""
+    scoring = Scoring(drawn=np.array([False, True]), places=int32(0, 4, 5), targets=int32(12, 22, 23))
+    asked = dataclasses.replace(plan(), scoring=scoring)
+    assert (plan().num_samples, asked.num_samples) == (2, 5)
+    filled = step_buffers().fill(asked, Bucket(8, 5, 6))
+    inputs = {name: tensor.tolist() for name, tensor in filled.items() if "sample" in name or name == "draw_rows"}
+    assert inputs == {
+        "sample_index": [2, 3, 0, 4, 5, 0],
+        "sample_rows": [5, 2, 5, 0, 0, -1],
+        "sample_seq_lens": [7, 10, 5, 1, 2, 0],
+        "sample_query_start": [0, 1, 2, 3, 4, 5, 5],
+        "draw_rows": [5, 2, -1, -1, -1, -1],
+        "sample_targets": [NO_TARGET, DRAWN_TARGET, 12, 22, 23, NO_TARGET],
     }
 
 

@@ -3,11 +3,13 @@
 The fake model keeps one number per KV slot: a hash of the whole prefix up to its token, chained from the cache salt, as
 a real model's KV depends on all tokens before. The next token depends on the numbers of all positions, read through the
 device's own block table. So a stale, shared or misplaced block, a wrong position or a lost token changes the output,
-and each request's output is compared with what the same model says of the request alone.
+and each request's output is compared with what the same model says of the request alone. So are its logprobs, which
+are numbers made of the same sums.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import deque
@@ -19,10 +21,11 @@ import numpy as np
 import pytest
 
 from toka.messages import FinishReason, Submit, pack_tokens
-from toka.params import SamplingParams
-from toka.plan import MAX_SHARED_LEVELS, BatchPlan, SharedPrefixPlan, StepResult
+from toka.params import MAX_LOGPROBS, SamplingParams
+from toka.plan import MAX_SHARED_LEVELS, BatchPlan, SharedPrefixPlan, StepLogprobs, StepResult
 from toka.scheduler.admission import AdmissionPolicy
 from toka.scheduler.config import SchedulerConfig
+from toka.scheduler.outputs import TokenOutputs
 from toka.scheduler.scheduler import Scheduler
 
 VOCAB = 23
@@ -46,9 +49,17 @@ def draw(total: int, seed: int, position: int, held_back: tuple[int, ...]) -> in
     return token
 
 
+def likelihood(total: int, token: int) -> float:
+    """What stands for the logprob of a token behind positions of this sum; exact in 32 bits."""
+    return -(mix(total & MASK, token) % 2**20) / 2**8
+
+
 @dataclass
 class Wanted:
-    """One request as the client sees it."""
+    """One request as the client sees it. num_logprobs, num_prompt_logprobs: as asked for; -1 = none.
+
+    scores, prompt_scores: (token, logprob) of generated tokens and of the prompt's, as they came.
+    """
 
     prompt: list[int]
     seed: int
@@ -60,6 +71,24 @@ class Wanted:
     got: list[int] = field(default_factory=list)
     finish: FinishReason = FinishReason.NONE
     cached: int = -1
+    num_logprobs: int = -1
+    num_prompt_logprobs: int = -1
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    prompt_scores: list[tuple[int, float]] = field(default_factory=list)
+
+    def alone_scores(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """What should be known of its prompt and of its tokens."""
+        kv, total, scores = self.salt, 0, []
+        tokens = self.prompt + self.got
+        for token, successor in itertools.pairwise(tokens):
+            kv = mix(kv, token)
+            total += kv
+            scores.append((successor, likelihood(total, successor)))
+        num_of_prompt = len(self.prompt) - 1
+        return (
+            scores[:num_of_prompt] if self.num_prompt_logprobs >= 0 else [],
+            scores[num_of_prompt:] if self.num_logprobs >= 0 else [],
+        )
 
     def alone(self) -> tuple[list[int], FinishReason]:
         """What the model says of this request by itself."""
@@ -68,6 +97,8 @@ class Wanted:
             kv = mix(kv, token)
             total += kv
         out: list[int] = []
+        if self.max_tokens == 0:
+            return out, FinishReason.LENGTH
         while True:
             held_back = self.stop_ids if len(out) < self.min_tokens else ()
             token = draw(total, self.seed, len(self.prompt) + len(out), held_back)
@@ -111,7 +142,26 @@ class FakeDevice:
                 total = sum(self.kv[self.slot(row, position)] for position in range(length))
                 ids, until = self.held_back[row]
                 sampled[i] = self.last[row] = draw(total, self.seed[row], length, ids if length < until else ())
-        return StepResult(plan.step, sampled)
+        return StepResult(plan.step, sampled, self._logprobs(plan, sampled))
+
+    def _logprobs(self, plan: BatchPlan, sampled: np.ndarray) -> StepLogprobs | None:
+        """Of drawn tokens that ask and of places of prompts; NaN for the others. Rank and likeliest tokens follow from the token."""
+        if plan.scoring is None:
+            return None
+        rows, positions = plan.token_rows().tolist(), plan.positions().tolist()
+        drawn = [int(place) for place in (plan.query_start[1:] - 1)[plan.samples]]
+        places = drawn + plan.scoring.places.tolist()
+        tokens = sampled[plan.samples].tolist() + plan.scoring.targets.tolist()
+        asks = plan.scoring.drawn.tolist() + [True] * len(plan.scoring.places)
+        values = [
+            likelihood(sum(self.kv[self.slot(rows[place], p)] for p in range(positions[place] + 1)), token)
+            if wanted
+            else np.nan
+            for place, token, wanted in zip(places, tokens, asks, strict=True)
+        ]
+        top_ids = np.array(tokens, dtype=np.int32)[:, None] + np.arange(MAX_LOGPROBS, dtype=np.int32)
+        ranks = np.array(tokens, dtype=np.int32)
+        return StepLogprobs(np.array(values, dtype=np.float32), ranks, top_ids, -top_ids.astype(np.float32))
 
     def slot(self, row: int, position: int) -> int:
         block = int(self.table[row, position // self.block_size])
@@ -150,10 +200,18 @@ class Simulation:
         priority: int = 0,
         session_id: str = "",
         deadline_s: float = math.inf,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> list[int]:
         """Submit now; returns the samples' ids. RequestError goes through, with nothing queued."""
         first = self.next_id
-        sampling = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens)
+        sampling = SamplingParams(
+            n=n,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
         self.scheduler.submit(
             Submit(
                 request_id=first,
@@ -175,7 +233,15 @@ class Simulation:
             seed = first * 1000 + i
             salt_number = self.salt_of_seed[seed] = mix(7, int.from_bytes(salt.encode(), "little"))
             self.live[request_id] = Wanted(
-                prompt, seed, salt_number, stop_ids, limit, min_tokens, self.now_s + deadline_s
+                prompt,
+                seed,
+                salt_number,
+                stop_ids,
+                limit,
+                min_tokens,
+                self.now_s + deadline_s,
+                num_logprobs=-1 if logprobs is None else logprobs,
+                num_prompt_logprobs=-1 if prompt_logprobs is None or i else prompt_logprobs,  # once for all samples
             )
         self.check()
         return ids
@@ -222,16 +288,32 @@ class Simulation:
         outputs = self.scheduler.commit(result)
         columns = (outputs.request_ids, outputs.token_ids, outputs.finish, outputs.cached)
         assert [c.dtype for c in columns] == [np.int64, np.int32, np.uint8, np.int32]
+        self._take_scores(outputs)
         for request_id, token, finish, cached in zip(*(c.tolist() for c in columns), strict=True):
             wanted = self.live[request_id]  # a KeyError is an output after the end
-            wanted.got.append(token)
-            if len(wanted.got) == 1:
+            if token >= 0:
+                wanted.got.append(token)
+            if len(wanted.got) <= 1:
                 wanted.cached = cached
+                assert wanted.prompt_scores == wanted.alone_scores()[0], (
+                    "the prompt is scored before the first token comes"
+                )
             if finish:
                 wanted.finish = FinishReason(finish)
                 self.done[request_id] = self.live.pop(request_id)
                 assert (wanted.got, wanted.finish) == wanted.alone()
+                assert (wanted.prompt_scores, wanted.scores) == wanted.alone_scores()
         self.check()
+
+    def _take_scores(self, outputs: TokenOutputs) -> None:
+        for scored, of_prompt in ((outputs.prompt_scores, True), (outputs.scores, False)):
+            for request_id, entry in scored.pack().entries() if scored is not None else ():
+                wanted = self.live[request_id]
+                (wanted.prompt_scores if of_prompt else wanted.scores).append((entry.token_id, entry.logprob))
+                assert entry.rank == entry.token_id and len(entry.top) >= (
+                    wanted.num_prompt_logprobs if of_prompt else wanted.num_logprobs
+                )
+                assert [token for token, _ in entry.top] == [entry.token_id + i for i in range(len(entry.top))]
 
     def step(self) -> None:
         """Plan as far ahead as allowed, then commit one."""
@@ -269,6 +351,7 @@ class Simulation:
         config, table, size = self.config, self.scheduler._table, self.config.block_size
         lens = np.diff(plan.query_start)
         assert 0 < plan.num_rows <= config.max_seqs_per_forward and plan.num_tokens <= config.max_tokens_per_forward
+        assert plan.num_samples <= min(config.max_running, plan.num_tokens)
         assert np.all(lens > 0) and plan.query_start[0] == 0 and plan.query_start[-1] == plan.num_tokens
         assert len(set(plan.rows.tolist())) == plan.num_rows
         assert plan.rows.dtype == plan.token_ids.dtype == plan.seq_lens.dtype == plan.query_start.dtype == np.int32
@@ -315,6 +398,8 @@ def plan_bytes(plan: BatchPlan) -> bytes:
     arrays += [settings.held_back_ids, settings.held_back_until]
     if plan.shared is not None:
         arrays += [plan.shared.groups, plan.shared.members, plan.shared.lens]
+    if plan.scoring is not None:
+        arrays += [plan.scoring.drawn, plan.scoring.places, plan.scoring.targets]
     return plan.step.to_bytes(8, "little") + b"".join(a.tobytes() for a in arrays)
 
 
@@ -346,7 +431,7 @@ def random_walk(seed: int, num_events: int) -> Simulation:
             length = rng.randrange(1, limit)
             shared = rng.randrange(length + 1)
             prompt = common[:shared] + [rng.randrange(VOCAB) for _ in range(length - shared)]
-            max_tokens = rng.choice([None, rng.randrange(1, limit - length + 1)])
+            max_tokens = rng.choice([None, rng.randrange(limit - length + 1)])
             simulation.submit(
                 prompt,
                 max_tokens=max_tokens,
@@ -357,6 +442,8 @@ def random_walk(seed: int, num_events: int) -> Simulation:
                 priority=rng.choice([0, 0, 0, 1, -1]),
                 session_id=rng.choice(["", "", "chat"]),
                 deadline_s=rng.choice([math.inf, math.inf, 3.0, 50.0]),
+                logprobs=rng.choice([None, None, 0, 3, MAX_LOGPROBS]),
+                prompt_logprobs=rng.choice([None, None, None, 0, 5]),
             )
         elif event < 0.16:
             simulation.expire(rng.random())

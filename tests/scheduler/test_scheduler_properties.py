@@ -73,34 +73,22 @@ def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
             priority=st.integers(-1, 1),
             session_id=st.sampled_from(["", "chat"]),
             deadline_s=st.sampled_from([math.inf, 2.0, 5.0]),
+            logprobs=st.sampled_from([None, None, 2]),
+            prompt_logprobs=st.sampled_from([None, None, 1]),
         )
-        def submit(
-            self,
-            data: st.DataObject,
-            n: int,
-            stop_ids: tuple[int, ...],
-            salt: str,
-            priority: int,
-            session_id: str,
-            deadline_s: float,
-        ) -> None:
+        def submit(self, data: st.DataObject, **asked: Any) -> None:
             limit = self.simulation.config.max_tokens_per_request
             length = data.draw(st.integers(1, limit - 1))
             tail = data.draw(st.integers(0, 2))  # few different prompts, so that prefixes meet
             prompt = [7] * (length - min(tail, length)) + [tail] * min(tail, length)
-            max_tokens = data.draw(st.none() | st.integers(1, limit - length))
+            max_tokens = data.draw(st.none() | st.integers(0, limit - length))
             most = limit - length if max_tokens is None else max_tokens
             min_tokens = data.draw(st.integers(0, min(2, most)))
             self.simulation.submit(
                 prompt,
                 max_tokens=max_tokens,
                 min_tokens=min_tokens,
-                n=n,
-                stop_ids=stop_ids,
-                salt=salt,
-                priority=priority,
-                session_id=session_id,
-                deadline_s=deadline_s,
+                **asked,
             )
 
         @rule(seconds=st.sampled_from([0.0, 1.0, 3.0]))

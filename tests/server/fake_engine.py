@@ -25,10 +25,12 @@ from toka.messages import (
     StepOutputs,
     Submit,
     ToEngine,
+    TokenScores,
     decode_to_engine,
     encode,
     unpack_tokens,
 )
+from toka.params import MAX_LOGPROBS
 
 MAX_REQUEST_TOKENS = 2000
 VOCAB_SIZE = 258
@@ -40,12 +42,34 @@ def repeat_prompt(submit: Submit, sample: int) -> list[int]:
     return (prompt * (MAX_REQUEST_TOKENS // len(prompt) + 2))[sample:]
 
 
+def logprob_of(token: int) -> float:
+    """What the fake says of a token, as the next one anywhere; the values are floats of 32 bits."""
+    return -(token % 64) / 8 - 0.125
+
+
+def scores_of(request_ids: list[int], tokens: list[int], width: int) -> TokenScores | None:
+    """Of these tokens, with tokens 64, 65, ... (whose logprobs fall from -1/8 on) as the likeliest."""
+    if not tokens:
+        return None
+    top = np.arange(64, 64 + width)
+    return TokenScores(
+        request_ids=np.array(request_ids, "<i8").tobytes(),
+        token_ids=np.array(tokens, "<i4").tobytes(),
+        logprobs=np.array([logprob_of(token) for token in tokens], "<f4").tobytes(),
+        ranks=np.array([token % 64 + 1 for token in tokens], "<i4").tobytes(),
+        top_ids=np.tile(top, len(tokens)).astype("<i4").tobytes(),
+        top_logprobs=np.array([logprob_of(token) for _ in tokens for token in top.tolist()], "<f4").tobytes(),
+        width=width,
+    )
+
+
 @dataclass
 class Behaviour:
     """What the fake does. reply: a sample's tokens. step_s: time of one step, in which every request gets one token.
 
     reject: what to answer to a Submit instead, if anything. deaf_to_ping: never answer Ping. error_at_token: end requests with
-    `error` after so many tokens. die_at_step: exit the process in that step. warm_s: warmup time; fatal: say so instead of Ready.
+    `error` after so many tokens. prompt_scores_per_step: of a prompt's tokens; only a Submit's first sample waits for them.
+    die_at_step: exit the process in that step. warm_s: warmup time; fatal: say so instead of Ready.
     """
 
     reply: Callable[[Submit, int], list[int]] = repeat_prompt
@@ -58,6 +82,7 @@ class Behaviour:
     warm_s: float = 0.0
     fatal: Fatal | None = None
     max_request_tokens: int = MAX_REQUEST_TOKENS
+    prompt_scores_per_step: int = 1000
 
 
 @dataclass
@@ -65,6 +90,7 @@ class _Row:
     submit: Submit
     tokens: list[int]
     num_done: int = 0
+    unscored: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -129,7 +155,10 @@ class FakeEngine:
                     self._send(rejected)
                     return
                 for sample in range(message.sampling.n):
-                    self._rows[message.request_id + sample] = _Row(message, self.behaviour.reply(message, sample))
+                    row = _Row(message, self.behaviour.reply(message, sample))
+                    if message.sampling.prompt_logprobs is not None and sample == 0:
+                        row.unscored = unpack_tokens(message.prompt).tolist()[1:]
+                    self._rows[message.request_id + sample] = row
             case Abort(request_ids=request_ids):
                 for request_id in request_ids:
                     self._rows.pop(request_id, None)
@@ -153,9 +182,13 @@ class FakeEngine:
         self._num_steps += 1
         if self._num_steps == self.behaviour.die_at_step:
             os._exit(7)
-        request_ids, token_ids, finish = list(self._rows), [], []
+        prompt_scores = self._score_prompts()
+        request_ids, token_ids, finish = [i for i, row in self._rows.items() if not row.unscored], [], []
+        scored: list[tuple[int, int]] = []
         for request_id in request_ids:
             token, reason = self._next_token(self._rows[request_id])
+            if self._rows[request_id].submit.sampling.logprobs is not None and token >= 0:
+                scored.append((request_id, token))
             token_ids.append(token)
             finish.append(reason)
             if reason:
@@ -168,10 +201,21 @@ class FakeEngine:
                 finish=bytes(finish),
                 cached=np.full(len(request_ids), 3, "<i4").tobytes(),
                 stats=self._stats(),
+                scores=scores_of([i for i, _ in scored], [token for _, token in scored], MAX_LOGPROBS),
+                prompt_scores=prompt_scores,
             )
         )
 
+    def _score_prompts(self) -> TokenScores | None:
+        count, scored = self.behaviour.prompt_scores_per_step, []
+        for request_id, row in self._rows.items():
+            scored += [(request_id, token) for token in row.unscored[:count]]
+            row.unscored = row.unscored[count:]
+        return scores_of([i for i, _ in scored], [token for _, token in scored], MAX_LOGPROBS)
+
     def _next_token(self, row: _Row) -> tuple[int, int]:
+        if row.submit.sampling.max_tokens == 0:
+            return -1, FinishReason.LENGTH
         if row.num_done == self.behaviour.error_at_token:
             return -1, self.behaviour.error
         token = row.tokens[row.num_done]

@@ -77,7 +77,7 @@ def _serve(engine: EngineCore, inbox: zmq.Socket[bytes], send: _Send) -> None:
                 return
             _take(engine, message, send)
         for outputs in (engine.expire(time.perf_counter()), engine.step()):
-            if outputs is not None and len(outputs):
+            if outputs:
                 send(outputs.pack(engine.stats()))
 
 

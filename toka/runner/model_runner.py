@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +13,12 @@ import torch
 from toka.compile.bucket import bucket_of, ladder
 from toka.compile.capture import Capturer, Replay
 from toka.compile.compiled_model import CompiledModel
-from toka.plan import MAX_SHARED_LEVELS, BatchPlan, StepResult
+from toka.params import MAX_LOGPROBS
+from toka.plan import MAX_SHARED_LEVELS, BatchPlan, StepLogprobs, StepResult
 from toka.runner.device_tables import DeviceTables
 from toka.runner.kv_cache import KVCache
 from toka.runner.step_buffers import Bucket, StepBuffers
+from toka.runner.step_program import scored_ids
 
 _MIN_BLOCK_TOKENS = 8  # of any page size: a step of T tokens changes about T / 8 entries of the block table at most
 
@@ -74,23 +77,30 @@ class RunnerSizes:
         )
 
 
+# On the CPU: what was drawn, and if anybody asked their logprobs: the outputs of the step graph and of its follow-up.
+_Outputs = tuple[torch.Tensor, ...]
+
+
 class PendingStep:
     """A step that was launched. On CUDA the device may still be at it; elsewhere it is done."""
 
-    def __init__(
-        self, plan: BatchPlan, sampled: torch.Tensor, ready: torch.cuda.Event | None, spare: deque[torch.Tensor]
-    ):
-        self._plan, self._sampled, self._ready, self._spare = plan, sampled, ready, spare
+    def __init__(self, plan: BatchPlan, outputs: _Outputs, ready: torch.cuda.Event | None, spare: deque[_Outputs]):
+        self._plan, self._outputs, self._ready, self._spare = plan, outputs, ready, spare
 
     def result(self) -> StepResult:
-        """Wait for the step and give what it drew; to be called once."""
+        """Wait for the step and give what it drew and scored; to be called once."""
         if self._ready is not None:
             self._ready.synchronize()
-        sampled = np.zeros(self._plan.num_rows, dtype=np.int32)
-        sampled[self._plan.samples] = self._sampled.numpy()[: np.count_nonzero(self._plan.samples)]
+        plan = self._plan
+        drawn, *scored = (tensor.numpy() for tensor in self._outputs)
+        sampled = np.zeros(plan.num_rows, dtype=np.int32)
+        sampled[plan.samples] = drawn[: np.count_nonzero(plan.samples)]
+        logprobs = None
+        if plan.scoring is not None:
+            logprobs = StepLogprobs(*(array[: plan.num_samples].copy() for array in scored))
         if self._ready is not None:
-            self._spare.append(self._sampled)
-        return StepResult(self._plan.step, sampled)
+            self._spare.append(self._outputs)
+        return StepResult(plan.step, sampled, logprobs)
 
 
 class ModelRunner:
@@ -106,7 +116,7 @@ class ModelRunner:
         self._static = self._tables.values()
         self._capturer = Capturer(device)
         self._captured: dict[Bucket, Replay] = {}
-        self._results: deque[torch.Tensor] = deque()  # pinned memory on the host that no step writes to
+        self._results: deque[_Outputs] = deque()  # pinned memory on the host that no step writes to
 
     @property
     def table_bytes(self) -> int:
@@ -129,15 +139,17 @@ class ModelRunner:
     @torch.no_grad()
     def launch(self, plan: BatchPlan) -> PendingStep:
         """Begin a step behind those launched before. On CUDA this returns at once, elsewhere when the step is done."""
-        num_samples = int(np.count_nonzero(plan.samples))
+        num_samples = plan.num_samples
         bucket = self.bucket_for(plan.num_tokens, num_samples)
         inputs = self._inputs(plan, bucket)
         captured = self._captured.get(bucket)
-        (sampled_S,) = self.compiled.run(inputs) if captured is None else captured()
+        step = self.compiled.run(inputs) if captured is None else captured()
+        outputs = step[:1] if plan.scoring is None else (*step[:1], *self._logprobs(inputs, step))
         if self._device.type == "cpu":
-            return PendingStep(plan, sampled_S, None, self._results)
+            return PendingStep(plan, outputs, None, self._results)
         on_host = self._results.popleft() if self._results else self._new_result()
-        on_host[:num_samples].copy_(sampled_S[:num_samples], non_blocking=True)
+        for on_device, target in zip(outputs, on_host, strict=False):
+            target[:num_samples].copy_(on_device[:num_samples], non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
         return PendingStep(plan, on_host, ready, self._results)
@@ -148,16 +160,29 @@ class ModelRunner:
 
     @torch.no_grad()
     def warm(self, plan: BatchPlan, bucket: Bucket) -> None:
-        """Run every region once on this plan and bucket (see CompiledModel.warm); without samples, all but the last."""
-        self.compiled.warm(self._inputs(plan, bucket), to_the_end=bucket.num_samples > 0)
+        """Run every region once on this plan and bucket (see CompiledModel.warm) and what follows; without samples, all but the last."""
+        inputs = self._inputs(plan, bucket)
+        step = self.compiled.warm(inputs, to_the_end=bucket.num_samples > 0)
+        if step and plan.scoring is not None:
+            self._logprobs(inputs, step)
 
     @torch.no_grad()
     def capture(self, plan: BatchPlan, bucket: Bucket) -> None:
         """Capture the bucket's whole step; `plan` fills it. From now on steps of this bucket are replayed."""
         self._captured[bucket] = self._capturer.capture(partial(self.compiled.run, self._inputs(plan, bucket)))
 
+    def _logprobs(self, inputs: Mapping[str, torch.Tensor], step: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Logprobs, ranks, likeliest ids and their logprobs of a step's targets. step: what it gave out."""
+        return self.compiled.follow_up({"scored_ids": scored_ids(inputs["sample_targets"], step[0])}, step)
+
     def _inputs(self, plan: BatchPlan, bucket: Bucket) -> dict[str, torch.Tensor]:
         return {**self._static, **self._buffers.fill(plan, bucket)}
 
-    def _new_result(self) -> torch.Tensor:
-        return torch.empty(self.sizes.max_rows, dtype=torch.int32, pin_memory=True)
+    def _new_result(self) -> _Outputs:
+        """Room for what was drawn and for logprobs, ranks, likeliest ids and their logprobs."""
+
+        def pinned(dtype: torch.dtype, *width: int) -> torch.Tensor:
+            return torch.empty((self.sizes.max_rows, *width), dtype=dtype, pin_memory=True)
+
+        ints, floats = torch.int32, torch.float32
+        return pinned(ints), pinned(floats), pinned(ints), pinned(ints, MAX_LOGPROBS), pinned(floats, MAX_LOGPROBS)

@@ -13,11 +13,13 @@ import torch
 from toka.plan import BatchPlan, SharedPrefixPlan
 from toka.runner.device_tables import DeviceTables
 from toka.runner.staging import ArraySpec, Staging
+from toka.runner.step_program import DRAWN_TARGET, NO_TARGET
 
 PADDING_ROW = -1
 NONE_SHARED = SharedPrefixPlan(
     groups=np.empty((0, 5), dtype=np.int32), members=np.empty(0, dtype=np.int32), lens=np.empty(0, dtype=np.int32)
 )
+_OF_SAMPLES = ("sample_index", "sample_rows", "sample_seq_lens", "draw_rows", "sample_targets")
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class StepBuffers:
     """Static inputs of a step, all int32, and the way in for changes of the tables:
 
     token_ids, token_rows, positions [T]; rows, seq_lens [R]; query_start [R + 1];
-    sample_index [S] (place of the token in the batch whose successor is drawn), sample_rows, sample_seq_lens [S];
-    sample_query_start [S + 1] (query_start for these tokens alone, one a row);
+    sample_index [S] (place in the batch of a token whose logits are wanted: first those whose successor is drawn, then those of prompts
+    that are scored), sample_rows, sample_seq_lens [S]; sample_query_start [S + 1] (query_start for these tokens alone, one query each);
+    draw_rows [S] (the row for which the sampler draws; -1 = none); sample_targets [S] (whose logprob is wanted: an id, DRAWN_TARGET or
+    NO_TARGET; written where the plan has a Scoring);
     shared_groups [G, 5], shared_members [N], shared_lens [max_rows]: which rows share a prefix, as in plan.SharedPrefixPlan; of one size
     for all buckets.
-    Padding: tokens have row -1, rows are -1 with no tokens, samples have row -1; groups have no members.
+    Padding: tokens have row -1, rows are -1 with no tokens, samples have row -1 and no target; groups have no members.
 
     max_shared_groups, max_shared_members: of one step. depth: steps that the host may write before the device has read the
     first of them.
@@ -58,7 +62,7 @@ class StepBuffers:
     ):
         sizes = {
             **dict.fromkeys(("token_ids", "token_rows", "positions"), max_tokens),
-            **dict.fromkeys(("rows", "seq_lens", "sample_index", "sample_rows", "sample_seq_lens"), max_rows),
+            **dict.fromkeys(("rows", "seq_lens", *_OF_SAMPLES), max_rows),
             **dict.fromkeys(("query_start", "sample_query_start"), max_rows + 1),
         }
         # One group more than there can be, so that one without members always ends the list.
@@ -102,12 +106,21 @@ class StepBuffers:
         write("rows", plan.rows, bucket.num_rows, PADDING_ROW)
         write("seq_lens", plan.seq_lens, bucket.num_rows, 0)
         write("query_start", plan.query_start, bucket.num_rows + 1, plan.num_tokens)
-        last = plan.query_start[1 : rows + 1][plan.samples] - 1
-        num_samples = len(last)
-        write("sample_index", last, bucket.num_samples, 0)
-        write("sample_rows", plan.rows[plan.samples], bucket.num_samples, PADDING_ROW)
+        index, sample_rows = plan.query_start[1 : rows + 1][plan.samples] - 1, plan.rows[plan.samples]
+        seq_lens = plan.seq_lens[plan.samples]
+        write("draw_rows", sample_rows, bucket.num_samples, PADDING_ROW)
+        if plan.scoring is not None:
+            places = plan.scoring.places
+            drawn = np.where(plan.scoring.drawn, np.int32(DRAWN_TARGET), np.int32(NO_TARGET))
+            write("sample_targets", np.concatenate((drawn, plan.scoring.targets)), bucket.num_samples, NO_TARGET)
+            index = np.concatenate((index, places))
+            sample_rows = np.concatenate((sample_rows, plan.token_rows()[places]))
+            seq_lens = np.concatenate((seq_lens, plan.positions()[places] + np.int32(1)))
+        num_samples = len(index)
+        write("sample_index", index, bucket.num_samples, 0)
+        write("sample_rows", sample_rows, bucket.num_samples, PADDING_ROW)
         write("sample_query_start", self._counting[: num_samples + 1], bucket.num_samples + 1, num_samples)
-        write("sample_seq_lens", plan.seq_lens[plan.samples], bucket.num_samples, 0)
+        write("sample_seq_lens", seq_lens, bucket.num_samples, 0)
         shared = NONE_SHARED if plan.shared is None else plan.shared
         write("shared_groups", shared.groups, len(shared.groups) + 1, 0)
         write("shared_members", shared.members)
@@ -117,7 +130,7 @@ class StepBuffers:
         sizes = {
             **dict.fromkeys(("token_ids", "token_rows", "positions"), bucket.num_tokens),
             **dict.fromkeys(("rows", "seq_lens"), bucket.num_rows),
-            **dict.fromkeys(("sample_index", "sample_rows", "sample_seq_lens"), bucket.num_samples),
+            **dict.fromkeys(_OF_SAMPLES, bucket.num_samples),
             "query_start": bucket.num_rows + 1,
             "sample_query_start": bucket.num_samples + 1,
             **{name: spec.size for name, spec in self._shared.items()},

@@ -1,10 +1,11 @@
 """One step of a decoder, from token ids to sampled ids, as regions for the compiler (floor 5).
 
-    begin ─► layer × (num_layers - 1) ─► last
+    begin ─► layer × (num_layers - 1) ─► last ┄► logprobs
 
 `begin` finds each token's id, rope angles and KV slot, and embeds it; a layer region stands for all layers of its kind; `last` holds the
 last layer, the final norm, the LM head and the sampler. Of the last layer most rows need no more than their keys and values: its
-module computes them all and then keeps those whose successor is drawn, and the compiler drops the rest (passes/select_rows.py).
+module computes them all and then keeps those whose logits are wanted, and the compiler drops the rest (passes/select_rows.py).
+The logits come out too: `logprobs`, one operator, runs behind the steps in which somebody asks for them.
 
 Legend: T tokens, R rows, S samples, M rows of the request table, W blocks a row, B KV blocks, C hidden, D head dim, F = D / 2,
 G groups of rows that share a prefix, N members of all groups, X rows that may be members; a step has always as many as there can be.
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from toka.compile.region_graph import RowSelection
-from toka.compile.step_graph import Call, Region, StepGraph, TensorSpec
+from toka.compile.step_graph import Call, OperatorCall, Region, StepGraph, TensorSpec
 from toka.models.decoder import CausalLM, DecoderLayer
 from toka.models.inputs import ForwardInputs
 from toka.models.rope import Rope
-from toka.params import MAX_STOP_TOKEN_IDS
+from toka.params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from toka.placement import AxisPlacements, placements_of
 from toka.runner.kv_cache import KVCacheShape
+
+# Targets of samples (StepBuffers writes them) that are no token ids.
+DRAWN_TARGET = -1  # the id that the step draws
+NO_TARGET = -2  # nobody asks
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "seed", "held_back_ids", "held_back_until")
 
@@ -71,7 +76,7 @@ class Layer(nn.Module):
 
 
 class Last(nn.Module):
-    """The last layer; then final norm, LM head and sampler for the tokens whose successor is drawn."""
+    """The last layer; then final norm and LM head for the tokens whose logits are wanted, and the sampler for those that draw."""
 
     def __init__(self, model: CausalLM, layer: DecoderLayer):
         super().__init__()
@@ -98,14 +103,15 @@ class Last(nn.Module):
         sample_rows_S: Tensor,
         sample_query_start: Tensor,
         sample_seq_lens_S: Tensor,
+        draw_rows_S: Tensor,
         last_token_M: Tensor,
         *settings: Tensor,
-    ) -> tuple[Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         shared = (shared_groups_G5, shared_members_N, shared_lens_X)
         inputs = ForwardInputs(positions_T, slots_T, block_table_MW, rows_R, query_start, seq_lens_R, *shared)
         hidden_TC = self.layer(hidden_TC, Rope(cos_TF, sin_TF), inputs, (key_cache, value_cache))
         logits_SV = self.head(self.norm(hidden_TC[sample_index_S]))
-        return (torch.ops.toka.sample(logits_SV, sample_rows_S, sample_seq_lens_S, *settings, last_token_M),)
+        return torch.ops.toka.sample(logits_SV, draw_rows_S, sample_seq_lens_S, *settings, last_token_M), logits_SV
 
 
 class _TiedHead(nn.Module):
@@ -136,7 +142,16 @@ def build_step_graph(model: CausalLM, dtype: torch.dtype, block_size: int) -> St
         **{f"layer_{kind}": _layer_region(model, layer, dtype, block_size) for kind, layer in kinds.items()},
         "last": _last_region(model, last, dtype, block_size),
     }
-    return StepGraph(tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled",))
+    logits = ("logits", TensorSpec(dtype, ("S", model.spec.vocab_size)))
+    logprobs = OperatorCall("token_logprobs", (logits, ("scored_ids", TensorSpec(_INT, ("S",)))), (MAX_LOGPROBS,))
+    return StepGraph(
+        tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled", "logits"), logprobs
+    )
+
+
+def scored_ids(targets_S: Tensor, sampled_S: Tensor) -> Tensor:
+    """The tokens whose logprobs are wanted; below 0 where none is. targets_S: see StepBuffers."""
+    return torch.where(targets_S == DRAWN_TARGET, sampled_S, targets_S)
 
 
 def step_parameters(model: CausalLM) -> dict[str, Tensor]:
@@ -196,6 +211,7 @@ def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block
         ("sample_rows", TensorSpec(_INT, ("S",))),
         ("sample_query_start", TensorSpec(_INT, ("P",))),  # P = S + 1
         ("sample_seq_lens", TensorSpec(_INT, ("S",))),
+        ("draw_rows", TensorSpec(_INT, ("S",))),
         ("last_token", int_column),
         ("temperature", float_column),
         ("top_k", int_column),
@@ -206,7 +222,7 @@ def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block
         ("held_back_until", int_column),
     )
     selection = RowSelection("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens")
-    return _region(model, "last", Last(model, layer), inputs, num_outputs=1, selection=selection)
+    return _region(model, "last", Last(model, layer), inputs, num_outputs=2, selection=selection)
 
 
 def _region(
@@ -238,7 +254,7 @@ def _calls(model: CausalLM, regions: dict[str, Region]) -> tuple[Call, ...]:
     return (
         call(regions["begin"], 0, ("hidden", "cos", "sin", "slots")),
         *[call(regions[f"layer_{layer.kind}"], index, ("hidden",)) for index, layer in enumerate(layers)],
-        call(regions["last"], len(layers), ("sampled",)),
+        call(regions["last"], len(layers), ("sampled", "logits")),
     )
 
 
@@ -256,5 +272,5 @@ def _step_inputs(model: CausalLM) -> tuple[str, ...]:
     caches = [f"{kind}_cache.{layer}" for layer in range(len(model.layers)) for kind in ("key", "value")]
     step = ("token_ids", "token_rows", "positions", "rows", "query_start", "seq_lens")
     shared = ("shared_groups", "shared_members", "shared_lens")
-    samples = ("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens")
+    samples = ("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens", "draw_rows")
     return (*step, *shared, *samples, "block_table", "last_token", *SETTINGS, *caches)

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from toka.plan import I32, I64
+from toka.plan import I32, I64, Scoring
 from toka.scheduler.request_table import RequestTable, Rows
+from toka.scheduler.scoring import ScoringInFlight, plan_scoring
+
+_NO_I32 = np.empty(0, dtype=np.int32)
 
 
 class DecodeSet:
@@ -19,6 +22,7 @@ class DecodeSet:
     rows intp, rows_i32 int32; token_ids int32: -1 - row, the token each row drew last; query_start int32 [R + 1];
     samples bool, all True; request_ids int64; num_cached_tokens, generations int32;
     final_seq_lens int32: the seq_len of the step in which each row draws its last token.
+    scoring, scoring_in_flight: see scoring.py; None if none of the rows asks for logprobs.
     """
 
     __slots__ = (
@@ -30,6 +34,8 @@ class DecodeSet:
         "rows",
         "rows_i32",
         "samples",
+        "scoring",
+        "scoring_in_flight",
         "token_ids",
     )
 
@@ -43,6 +49,9 @@ class DecodeSet:
         self.num_cached_tokens: I32 = table.num_cached_tokens[rows]
         self.generations: I32 = table.generation[rows]
         self.final_seq_lens: I32 = table.max_total_tokens[rows] - np.int32(1)
+        self.scoring: Scoring | None
+        self.scoring_in_flight: ScoringInFlight | None
+        self.scoring, self.scoring_in_flight = plan_scoring(rows, [], _NO_I32, table)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,12 +71,25 @@ class DecodeSet:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start .. stop - 1 of a prefilling row, computed in this step; last: its first token is drawn after them."""
+    """Tokens start .. stop - 1 of a prefilling row, computed in this step; last: they are the last ones; draws: a token is drawn after
+    them. score_start .. score_stop - 1: places among them at which the next token of the prompt is scored."""
 
     row: int
     start: int
     stop: int
     last: bool
+    draws: bool
+    score_start: int = 0
+    score_stop: int = 0
+
+    @property
+    def num_scored(self) -> int:
+        return self.score_stop - self.score_start
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens whose logits are needed."""
+        return self.num_scored + self.draws
 
 
 class Filled(NamedTuple):
@@ -81,6 +103,25 @@ class Filled(NamedTuple):
     generations: I32
 
 
+class EndsWithoutToken(NamedTuple):
+    """Rows intp [E] whose requests end with a step that draws nothing for them (max_tokens is 0), with their ids, cached tokens and
+    generations when it was planned."""
+
+    rows: Rows
+    request_ids: I64
+    num_cached_tokens: I32
+    generations: I32
+
+    @classmethod
+    def of(cls, chunks: list[Chunk], table: RequestTable) -> EndsWithoutToken | None:
+        """Of the chunks of a step; None if there are none."""
+        ending = [chunk.row for chunk in chunks if chunk.last and not chunk.draws]
+        if not ending:
+            return None
+        rows = np.array(ending, dtype=np.intp)
+        return cls(rows, table.request_id[rows], table.num_cached_tokens[rows], table.generation[rows])
+
+
 NONE_FILLED = Filled(np.empty(0, dtype=np.intp), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32))
 
 
@@ -89,7 +130,7 @@ class StepInFlight:
     """What commit must know of a plan that was handed out. Arrays over the D rows that draw a token, in plan order.
 
     drawn: their places among the plan's rows, None = all of them. epoch: that of the table when planned.
-    filled: the blocks that are full once it is committed.
+    filled: the blocks that are full once it is committed. scoring: None where nobody asks. ends: None where nobody ends so.
     """
 
     step: int
@@ -101,3 +142,5 @@ class StepInFlight:
     generations: I32
     epoch: int
     filled: Filled
+    scoring: ScoringInFlight | None = None
+    ends: EndsWithoutToken | None = None

@@ -41,7 +41,7 @@ class Newcomer:
     """The request that might begin in this step. num_tokens: those known so far, of which num_cached are in shared blocks;
     num_needed: free blocks it takes now; held: the shared blocks that others hold, int32.
 
-    stop_class, arrival, num_prompt_tokens, max_total_tokens: as in RequestTable.
+    stop_class, arrival, num_prompt_tokens, max_total_tokens, num_unscored: as in RequestTable.
     """
 
     num_tokens: int
@@ -52,6 +52,7 @@ class Newcomer:
     arrival: int
     num_prompt_tokens: int
     max_total_tokens: int
+    num_unscored: int = 0
 
     @property
     def num_missing(self) -> int:
@@ -80,10 +81,10 @@ class Forecaster:
     ):
         self.config, self._table, self.shared, self._predictor = config, table, shared, predictor
 
-    def look(self, running: RunningRows, *, prefill_first: int = 0, settled: bool = False) -> Outlook:
+    def look(self, running: RunningRows, *, prefill_first: Newcomer | None = None, settled: bool = False) -> Outlook:
         """As of the step being planned, its decode rows planned already.
 
-        prefill_first: tokens of a newcomer that go before those of the rows that prefill now. settled: take it that what the draining
+        prefill_first: a newcomer whose tokens go before those of the rows that prefill now. settled: take it that what the draining
         rows hold is free already.
         """
         table, size, lag = self._table, self.config.block_size, self.config.steps_in_flight
@@ -94,14 +95,19 @@ class Forecaster:
         reached = table.num_computed_tokens[rows].astype(np.int64)  # tokens that growth starts from
         begin = np.ones(len(rows), dtype=np.int64)
         latest = np.ones(len(rows), dtype=np.int64)
-        num_prefill = 0
+        num_prefill = num_unscored = 0
         if num_running > num_decodes:
             lengths = table.num_tokens[running.prefilling].astype(np.int64)
             missing = lengths - reached[prefills]
             reached[prefills] = lengths
-            num_prefill = int(missing.sum())
+            unscored = table.num_unscored[running.prefilling].astype(np.int64)
+            num_prefill, num_unscored = int(missing.sum()), int(unscored.sum())
             begin[prefills] = self.earliest(missing)
-            latest[prefills] = self.latest(prefill_first + np.cumsum(missing), num_running + bool(prefill_first))
+            missing, unscored = np.cumsum(missing), np.cumsum(unscored)
+            if prefill_first is not None:
+                missing += prefill_first.num_missing
+                unscored += prefill_first.num_unscored
+            latest[prefills] = self.latest(missing, unscored, num_running + (prefill_first is not None))
         growth = np.zeros(len(rows), dtype=np.int64)
         growth[:num_running] = np.maximum(self._expected_ends(rows[:num_running]) - reached[:num_running], 0)
         release = latest - 1 + growth + lag
@@ -109,7 +115,7 @@ class Forecaster:
         release_of_row = np.zeros(len(table.request_id), dtype=np.int64)
         release_of_row[rows] = release
         demand = Demand(room // size - self.shared.num_shared_blocks[rows], room - reached, begin, growth, release)
-        return Outlook(self, running, demand, release_of_row, num_prefill)
+        return Outlook(self, running, demand, release_of_row, num_prefill, num_unscored)
 
     def _expected_ends(self, rows: Rows) -> I64:
         table = self._table
@@ -135,9 +141,15 @@ class Forecaster:
         """First step in which a row can compute its first drawn token, num_missing tokens of its prompt not planned yet."""
         return np.maximum(-(-num_missing // self.config.max_tokens_per_forward), 1)
 
-    def latest(self, num_missing: I64, num_running: int) -> I64:
-        """Last such step, num_missing tokens of it and of those before it not planned yet, num_running rows in all."""
-        return 1 - (-num_missing // max(self.config.max_tokens_per_forward - (num_running - 1), 1))
+    def latest(self, num_missing: I64, num_unscored: I64, num_running: int) -> I64:
+        """Last such step, num_missing tokens of it and of those before it not planned yet, num_running rows in all.
+
+        num_unscored: places of their prompts that are to be scored. Each step until then has either no room for more tokens, or none for
+        more logits, of which they need no more than those places and one for each row.
+        """
+        steps = 1 - (-num_missing // max(self.config.max_tokens_per_forward - (num_running - 1), 1))
+        room = max(self.config.max_running - (num_running - 1), 1)
+        return np.where(num_unscored > 0, steps - (-(num_unscored + num_running) // room), steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +167,17 @@ class Outlook:
     """The forecast of one step, and what is left of it as newcomers begin.
 
     demand: what the running ones will take and give back; release_of_row: int64 [M], when each row gives its blocks back;
-    num_prefill: tokens of prompts that are not planned yet.
+    num_prefill: tokens of prompts that are not planned yet; num_unscored: places among them that are to be scored.
     """
 
     def __init__(
-        self, forecaster: Forecaster, running: RunningRows, demand: Demand, release_of_row: I64, num_prefill: int
+        self,
+        forecaster: Forecaster,
+        running: RunningRows,
+        demand: Demand,
+        release_of_row: I64,
+        num_prefill: int,
+        num_unscored: int,
     ):
         size = forecaster.config.block_size
         shared = SharedRelease(*forecaster.shared.releases(release_of_row))
@@ -167,7 +185,7 @@ class Outlook:
         self._forecaster = forecaster
         self._num_running = running.num_running
         self._release_of_row = release_of_row
-        self._num_prefill = num_prefill
+        self._num_prefill, self._num_unscored = num_prefill, num_unscored
         self._unreserved = int(self.forecast.num_free[0] - demand.num_new_blocks(size).sum())
         self._last_trial: _Trial | None = None
 
@@ -187,6 +205,7 @@ class Outlook:
         self._release_of_row[row] = trial.release
         self._num_running += 1
         self._num_prefill += newcomer.num_missing
+        self._num_unscored += newcomer.num_unscored
         self._last_trial = None
 
     def _try(self, newcomer: Newcomer) -> _Trial:
@@ -215,8 +234,9 @@ class Outlook:
             )
         )
         missing = np.array([newcomer.num_missing], dtype=np.int64)
-        growth = end - length
-        latest = forecaster.latest(self._num_prefill + missing, self._num_running + 1)
+        growth = np.maximum(end - length, 0)  # who generates nothing ends with one token less
+        unscored = np.array([self._num_unscored + newcomer.num_unscored], dtype=np.int64)
+        latest = forecaster.latest(self._num_prefill + missing, unscored, self._num_running + 1)
         demand = Demand(
             num_held=np.array([newcomer.num_needed], dtype=np.int64),
             spare=np.array([-length % size], dtype=np.int64),

@@ -7,8 +7,36 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from toka.messages import EngineStats, FinishReason, StepOutputs
-from toka.plan import I32, I64
+from toka.messages import EngineStats, FinishReason, StepOutputs, TokenScores
+from toka.plan import F32, I32, I64
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Logprobs of L tokens, as TokenScores packs them; see there.
+
+    request_ids int64, token_ids int32, logprobs float32, ranks int32 [L]; top_ids int32, top_logprobs float32 [L, width].
+    """
+
+    request_ids: I64
+    token_ids: I32
+    logprobs: F32
+    ranks: I32
+    top_ids: I32
+    top_logprobs: F32
+    width: int
+
+    def pack(self) -> TokenScores:
+        """As a part of the message to the API process."""
+        return TokenScores(
+            request_ids=self.request_ids.tobytes(),
+            token_ids=self.token_ids.tobytes(),
+            logprobs=self.logprobs.tobytes(),
+            ranks=self.ranks.tobytes(),
+            top_ids=self.top_ids.tobytes(),
+            top_logprobs=self.top_logprobs.tobytes(),
+            width=self.width,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +50,15 @@ class TokenOutputs:
     token_ids: I32
     finish: npt.NDArray[np.uint8]
     cached: I32
+    scores: ScoredTokens | None = None
+    prompt_scores: ScoredTokens | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to tell."""
+        return len(self) > 0 or self.prompt_scores is not None
 
     def pack(self, stats: EngineStats) -> StepOutputs:
         """As the message to the API process."""
@@ -34,6 +68,8 @@ class TokenOutputs:
             finish=self.finish.tobytes(),
             cached=self.cached.tobytes(),
             stats=stats,
+            scores=None if self.scores is None else self.scores.pack(),
+            prompt_scores=None if self.prompt_scores is None else self.prompt_scores.pack(),
         )
 
 

@@ -6,9 +6,10 @@ import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
 from toka.plan import I32, I64, BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
-from toka.scheduler.batching import Chunk, DecodeSet, Filled, StepInFlight
+from toka.scheduler.batching import Chunk, DecodeSet, EndsWithoutToken, Filled, StepInFlight
 from toka.scheduler.request import Request
 from toka.scheduler.request_table import RequestTable
+from toka.scheduler.scoring import plan_scoring
 
 _NO_I32 = np.empty(0, dtype=np.int32)
 _NO_F32 = np.empty(0, dtype=np.float32)
@@ -45,6 +46,7 @@ def build_decode_plan(
         table=changes,
         settings=NO_SETTINGS,
         shared=shared,
+        scoring=decodes.scoring,
     )
     in_flight = StepInFlight(
         step=step,
@@ -56,6 +58,7 @@ def build_decode_plan(
         generations=decodes.generations,
         epoch=epoch,
         filled=filled,
+        scoring=decodes.scoring_in_flight,
     )
     return plan, in_flight
 
@@ -76,20 +79,23 @@ def build_mixed_plan(
     chunk_lens = np.array([c.stop - c.start for c in chunks], dtype=np.int32)
     chunk_ends = np.array([c.stop for c in chunks], dtype=np.int32)
     rows = np.concatenate((decodes.rows, chunk_rows))
-    samples = np.concatenate((decodes.samples, np.array([c.last for c in chunks], dtype=np.bool_)))
+    samples = np.concatenate((decodes.samples, np.array([c.draws for c in chunks], dtype=np.bool_)))
     first = decodes.query_start[-1]
+    query_start = np.concatenate((decodes.query_start, first + np.cumsum(chunk_lens, dtype=np.int32)))
     drawn = np.flatnonzero(samples)
     drawn_rows = rows[drawn]
+    scoring, scoring_in_flight = plan_scoring(drawn_rows, chunks, query_start[len(decodes) : -1], table)
     plan = BatchPlan(
         step=step,
         rows=rows.astype(np.int32),
-        query_start=np.concatenate((decodes.query_start, first + np.cumsum(chunk_lens, dtype=np.int32))),
+        query_start=query_start,
         token_ids=np.concatenate((decodes.token_ids, *(table.tokens[c.row, c.start : c.stop] for c in chunks))),
         seq_lens=np.concatenate((seq_lens, chunk_ends)),
         samples=samples,
         table=changes,
         settings=settings,
         shared=shared,
+        scoring=scoring,
     )
     in_flight = StepInFlight(
         step=step,
@@ -101,6 +107,8 @@ def build_mixed_plan(
         generations=table.generation[drawn_rows],
         epoch=table.epoch,
         filled=filled,
+        scoring=scoring_in_flight,
+        ends=EndsWithoutToken.of(chunks, table),
     )
     return plan, in_flight
 

@@ -44,6 +44,8 @@ class Request:
     max_total_tokens: prompt + max_tokens. chain: keys of its full blocks.
     num_cached_tokens: prompt tokens found in the prefix cache at its first admission, -1 before.
     num_lost_tokens: tokens whose KV it gave up when it was preempted; whatever of them is not found again is recomputed.
+    scores_prompt: whether the logprobs of its prompt are wanted. num_scored_tokens: places of its prompt, from the start, that plans
+    made so far score; the token at place i + 1 is scored at place i.
     """
 
     request_id: int
@@ -58,6 +60,13 @@ class Request:
     comes_back: bool = False
     num_cached_tokens: int = -1
     num_lost_tokens: int = 0
+    scores_prompt: bool = False
+    num_scored_tokens: int = 0
+
+    @property
+    def num_unscored(self) -> int:
+        """Places of its prompt that are to be scored and that no plan has scored yet."""
+        return max(self.num_prompt_tokens - 1 - self.num_scored_tokens, 0) if self.scores_prompt else 0
 
     @property
     def has_begun(self) -> bool:

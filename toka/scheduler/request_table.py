@@ -35,6 +35,8 @@ class RequestTable:
     plan made so far has run. A row prefills until its tokens are computed; from its first draw on a step computes one.
     token_room int32: tokens that the row's blocks can hold, block_size times their number.
     num_registered_blocks int32: blocks from the row's start that were offered to the prefix index or found there.
+    num_logprobs, num_prompt_logprobs int32: likeliest tokens wanted with each generated token and each of the prompt; -1 = no logprobs.
+    num_unscored int32: places of the prompt that are to be scored and that no plan has scored yet.
     generation int32: changes when results under way stop being wanted.
     tokens int32 [M, L]; blocks int32 [M, B]; stop_ids int32 [S, M], -1 where unused.
     """
@@ -55,6 +57,9 @@ class RequestTable:
         self.num_computed_tokens = np.zeros(rows, dtype=np.int32)
         self.token_room = np.zeros(rows, dtype=np.int32)
         self.num_registered_blocks = np.zeros(rows, dtype=np.int32)
+        self.num_logprobs = np.full(rows, -1, dtype=np.int32)
+        self.num_prompt_logprobs = np.full(rows, -1, dtype=np.int32)
+        self.num_unscored = np.zeros(rows, dtype=np.int32)
         self.generation = np.zeros(rows, dtype=np.int32)
         # Whole blocks and whole cache lines a row, an odd number of the least such unit: rows a power of two apart would all
         # fall into the same few sets of the cache. Pages are touched only as requests grow into them.

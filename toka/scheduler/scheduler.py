@@ -25,14 +25,14 @@ import numpy.typing as npt
 
 from toka.errors import InvariantError, RequestError
 from toka.messages import EngineStats, FinishReason, Submit
-from toka.plan import I32, BatchPlan, BlockTableChanges, StepResult
+from toka.plan import I32, I64, BatchPlan, BlockTableChanges, StepResult
 from toka.scheduler.admission import AdmissionPolicy, Load, fewest_to_preempt, policy_of
-from toka.scheduler.batching import NONE_FILLED, Chunk, DecodeSet, Filled, StepInFlight
+from toka.scheduler.batching import NONE_FILLED, Chunk, DecodeSet, EndsWithoutToken, Filled, StepInFlight
 from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.hydragen import GroupFinder
 from toka.scheduler.outlook import Forecaster, HeadProspect, Newcomer, Outlook, RunningRows
-from toka.scheduler.outputs import TokenOutputs, ends_without_token
+from toka.scheduler.outputs import ScoredTokens, TokenOutputs, ends_without_token
 from toka.scheduler.plan_builder import (
     build_decode_plan,
     build_mixed_plan,
@@ -279,20 +279,24 @@ class Scheduler:
             num_free_blocks=self._pool.num_free,
         )
         look = self._forecaster.look
-        prospect = HeadProspect(lambda: look(rest, prefill_first=newcomer.num_missing, settled=True), newcomer)
+        prospect = HeadProspect(lambda: look(rest, prefill_first=newcomer, settled=True), newcomer)
         return self._admission.admits(num_needed, load, prospect)
 
     def _plan_chunks(
         self, num_decodes: int, changes: list[BlockTableChanges]
     ) -> tuple[list[Chunk], list[tuple[int, Request]]]:
-        """Fill the step's tokens after the decode rows with prompt chunks: by priority, running requests before new ones."""
-        budget = self.config.max_tokens_per_forward - num_decodes
+        """Fill the step's tokens after the decode rows with prompt chunks: by priority, running requests before new ones.
+
+        budget: tokens that the step can still compute; room: of how many it can still compute logits. Only prompts that are scored can use
+        it up, since no more rows run than it holds.
+        """
+        budget, room = self.config.max_tokens_per_forward - num_decodes, self.config.max_running - num_decodes
         chunks: list[Chunk] = []
         admitted: list[tuple[int, Request]] = []
         running = deque(self._prefilling)
         may_admit = True
         self._outlook = None
-        while budget > 0:
+        while budget > 0 and room > 0:
             head = self._waiting.head() if may_admit else None
             if running and (head is None or running[0][0].priority <= head.request.rank.priority):
                 row = running.popleft()[1]
@@ -307,18 +311,30 @@ class Scheduler:
                 changes.append(change)
             else:
                 break
-            chunk = self._next_chunk(row, budget)
+            chunk = self._next_chunk(row, budget, room)
             budget -= chunk.stop - chunk.start
+            room -= chunk.num_samples
             chunks.append(chunk)
         return chunks, admitted
 
-    def _next_chunk(self, row: int, budget: int) -> Chunk:
-        table = self._table
+    def _next_chunk(self, row: int, budget: int, room: int) -> Chunk:
+        """As many of the row's tokens as there are, within budget and room (at least 1 each)."""
+        table, request = self._table, self._running(row).request
         start, num_tokens = int(table.num_computed_tokens[row]), int(table.num_tokens[row])
         stop = min(num_tokens, start + budget)
+        score_start = score_stop = request.num_scored_tokens
+        if request.num_unscored:
+            stop = min(
+                stop, score_start + room
+            )  # from there on the logits of every token are wanted; score_start >= start
+            score_stop = max(min(stop, request.num_prompt_tokens - 1), score_start)
+            request.num_scored_tokens = score_stop
+            table.num_unscored[row] = request.num_unscored
         table.num_computed_tokens[row] = stop
         self._registrar.offer(row)
-        return Chunk(row, start, stop, last=stop == num_tokens)
+        last = stop == num_tokens
+        draws = last and num_tokens < int(table.max_total_tokens[row])
+        return Chunk(row, start, stop, last, draws, score_start, score_stop)
 
     def _admit(self, head: Waiting) -> tuple[int, BlockTableChanges] | None:
         """Give the head of the queue a row and the blocks for all its tokens so far; None if it has to wait."""
@@ -334,7 +350,7 @@ class Scheduler:
         if newcomer.num_needed > load.num_free_blocks or not self._admission.admits(
             newcomer.num_needed, load, prospect
         ):
-            missing = request.chain.keys_of(len(shared), self._max_shared(len(tokens)))[:1]
+            missing = request.chain.keys_of(len(shared), self._max_shared(request, len(tokens)))[:1]
             retry_at = self._planned_step + self._admission.retry_steps
             self._blocked = _Blocked(head, num_fresh, missing[0] if missing else None, retry_at)
             return None
@@ -360,7 +376,7 @@ class Scheduler:
         request, tokens, block_size = head.request, head.tokens, self.config.block_size
         if self.config.prefix_cache:
             request.chain.extend(tokens, len(tokens) // block_size)
-        shared = self._index.longest_prefix(request.chain, self._max_shared(len(tokens)))
+        shared = self._index.longest_prefix(request.chain, self._max_shared(request, len(tokens)))
         held = shared[self._pool.ref_counts(shared) > 0]
         newcomer = Newcomer(
             num_tokens=len(tokens),
@@ -371,12 +387,16 @@ class Scheduler:
             arrival=request.rank.arrival,
             num_prompt_tokens=request.num_prompt_tokens,
             max_total_tokens=request.max_total_tokens,
+            num_unscored=request.num_unscored,
         )
         return newcomer, shared
 
-    def _max_shared(self, num_tokens: int) -> int:
-        """Blocks that a request of so many tokens may share: at least one token is left to compute."""
-        return (num_tokens - 1) // self.config.block_size
+    def _max_shared(self, request: Request, num_tokens: int) -> int:
+        """Blocks that a request of so many tokens may share: at least one token is left to compute, and what is to be scored."""
+        num_shared = num_tokens - 1
+        if request.num_unscored:
+            num_shared = min(num_shared, request.num_scored_tokens)
+        return num_shared // self.config.block_size
 
     def _look(self, request: Request, newcomer: Newcomer) -> Outlook:
         """The outlook that this request meets in the step being planned."""
@@ -397,7 +417,7 @@ class Scheduler:
         )
         if overtakes:  # it delays rows that prefill, which an outlook for everybody cannot know
             self._outlook = None
-            return self._forecaster.look(running, prefill_first=newcomer.num_missing)
+            return self._forecaster.look(running, prefill_first=newcomer)
         self._outlook = self._forecaster.look(running)
         return self._outlook
 
@@ -425,6 +445,9 @@ class Scheduler:
         table.request_id[row] = request.request_id
         table.priority[row], table.due_s[row], table.arrival[row] = request.rank
         table.num_cached_tokens[row] = request.num_cached_tokens
+        table.num_logprobs[row] = _or_none(request.sampling.logprobs)
+        table.num_prompt_logprobs[row] = _or_none(request.sampling.prompt_logprobs)
+        table.num_unscored[row] = request.num_unscored
         table.max_total_tokens[row] = request.max_total_tokens
         table.num_tokens[row] = len(tokens)
         table.num_computed_tokens[row] = num_computed
@@ -442,7 +465,8 @@ class Scheduler:
             )
 
     def _end_or_decode(self, decodes: DecodeSet, seq_lens: I32, chunks: list[Chunk]) -> None:
-        """After a plan is made: rows that draw their last token in it drain, rows whose prompt ends in it decode from now on."""
+        """After a plan is made: rows that draw their last token in it drain (or that draw none), rows whose prompt ends in it decode from
+        now on."""
         table = self._table
         final = seq_lens == decodes.final_seq_lens
         ending: list[int] = decodes.rows[final].tolist() if np.count_nonzero(final) else []
@@ -450,7 +474,7 @@ class Scheduler:
         if begun:
             self._prefilling = [entry for entry in self._prefilling if entry[1] not in begun]
             self._decodes = self._decodes.plus(list(begun), table)
-            ending += [row for row in begun if table.num_tokens[row] + 1 == table.max_total_tokens[row]]
+            ending += [row for row in begun if table.num_tokens[row] + 1 >= table.max_total_tokens[row]]
         if ending:
             self._decodes = self._decodes.without(ending, table)
         for row in ending:
@@ -468,10 +492,13 @@ class Scheduler:
         table = self._table
         rows, request_ids, cached = step.rows, step.request_ids, step.num_cached_tokens
         sampled = result.sampled if step.drawn is None else result.sampled[step.drawn]
+        wanted = None
         if step.epoch != table.epoch:
             wanted = table.generation.take(rows) == step.generations
-            if not wanted.all():
-                rows, request_ids, cached, sampled = rows[wanted], request_ids[wanted], cached[wanted], sampled[wanted]
+            wanted = None if wanted.all() else wanted
+        scores, prompt_scores = self._scores_of(step, result, sampled, wanted)
+        if wanted is not None:
+            rows, request_ids, cached, sampled = rows[wanted], request_ids[wanted], cached[wanted], sampled[wanted]
         num_tokens = table.append_tokens(rows, sampled)
         self._settled_step = step.step
         self._num_steps += 1
@@ -482,9 +509,35 @@ class Scheduler:
         if np.count_nonzero(stops):
             finish[stops] = FinishReason.STOP
             self._stop(rows[stops].tolist())
+        if step.ends is not None:
+            request_ids, sampled, finish, cached = self._with_ends(step.ends, request_ids, sampled, finish, cached)
         self._registrar.offer_filled(step.filled, step.num_rows)
         self._settle()
-        return TokenOutputs(request_ids, sampled, finish, cached)
+        return TokenOutputs(request_ids, sampled, finish, cached, scores, prompt_scores)
+
+    def _scores_of(
+        self, step: StepInFlight, result: StepResult, sampled: I32, wanted: npt.NDArray[np.bool_] | None
+    ) -> tuple[ScoredTokens | None, ScoredTokens | None]:
+        """Logprobs of the drawn tokens, and of tokens of prompts, of requests that are still wanted."""
+        if step.scoring is None:
+            return None, None
+        if result.logprobs is None:
+            raise InvariantError(f"step {step.step} was to give logprobs and gave none")
+        scores = step.scoring.of_drawn(result.logprobs, step.request_ids, sampled, wanted)
+        return scores, step.scoring.of_prompts(result.logprobs, len(sampled), self._table)
+
+    def _with_ends(
+        self, ends: EndsWithoutToken, request_ids: I64, sampled: I32, finish: npt.NDArray[np.uint8], cached: I32
+    ) -> tuple[I64, I32, npt.NDArray[np.uint8], I32]:
+        """The columns of a step's outputs with the requests that end without a token behind the others."""
+        kept = self._table.generation.take(ends.rows) == ends.generations
+        num_kept = np.count_nonzero(kept)
+        return (
+            np.concatenate((request_ids, ends.request_ids[kept])),
+            np.concatenate((sampled, np.full(num_kept, -1, dtype=np.int32))),
+            np.concatenate((finish, np.full(num_kept, FinishReason.LENGTH, dtype=np.uint8))),
+            np.concatenate((cached, ends.num_cached_tokens[kept])),
+        )
 
     def _stop(self, rows: list[int]) -> None:
         """End these rows by a stop token: results of steps already planned for them are dropped."""
@@ -604,3 +657,8 @@ class Scheduler:
         scheduled = self._decodes.rows.tolist() + [row for _, row in self._prefilling] + list(self._draining)
         if owned != rows.tolist() or sorted(scheduled) != owned:
             raise InvariantError("rows, owners and the lists of what runs and drains disagree")
+
+
+def _or_none(num_logprobs: int | None) -> int:
+    """As the table's column says it."""
+    return -1 if num_logprobs is None else num_logprobs

@@ -111,12 +111,12 @@ class StopPredictor:
 
     def predict(self, numbers: I64, arrivals: I64, num_generated: I64, max_tokens: I64) -> I64:
         """Whole output lengths of R requests of these classes that go on after num_generated tokens; int64 [R], more than
-        num_generated and at most max_tokens (which is more than num_generated)."""
+        num_generated and at most max_tokens (which is more than num_generated, unless it is 0)."""
         order, first, sums, squares = self._table
         known = first[numbers + 1] - first[numbers] >= MIN_SEEN
         numbers = np.where(known, numbers, ALL)
         stop = first[numbers + 1]
-        place = np.searchsorted(order, 2 * numbers + num_generated / max_tokens, side="right")
+        place = np.searchsorted(order, 2 * numbers + num_generated / np.maximum(max_tokens, 1), side="right")
         survivors = stop - place
         count = np.maximum(survivors, 1)
         mean = (sums[stop] - sums[place]) / count
@@ -126,8 +126,10 @@ class StopPredictor:
             order[place + (quantile * survivors).astype(np.int64)] - 2 * numbers + self.margin * np.sqrt(variance)
         )
         enough = (survivors >= MIN_SURVIVORS) & (first[numbers + 1] - first[numbers] >= MIN_SEEN)
-        predicted = np.where(enough, np.ceil(fraction * max_tokens - ROUNDING), max_tokens).astype(np.int64)
-        return np.clip(predicted, num_generated + 1, max_tokens)
+        predicted = np.where(enough, np.ceil(fraction * np.maximum(max_tokens, 1) - ROUNDING), max_tokens).astype(
+            np.int64
+        )
+        return np.minimum(np.maximum(predicted, num_generated + 1), max_tokens)
 
 
 def _sorted_table(ends: deque[_End]) -> _Table:

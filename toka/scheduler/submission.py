@@ -42,6 +42,7 @@ def samples_of(submit: Submit, config: SchedulerConfig, secret: bytes, first_arr
                 num_prompt_tokens=len(prompt),
                 max_total_tokens=len(prompt) + max_tokens,
                 chain=chain.fork(),
+                scores_prompt=sampling.prompt_logprobs is not None and sample == 0,  # the others' prompt is the same
             ),
             prompt,
         )

@@ -7,16 +7,20 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from toka.errors import RequestError
 from toka.server.body import read_body
-from toka.server.generation import Generation, TokenEvent
+from toka.server.generation import Generation, Sample, TokenEvent
+from toka.server.logprobs import completion_logprobs, prompt_logprobs, scored_prompt
 from toka.server.openapi import describe
-from toka.server.schemas import Completion, CompletionChoice, CompletionRequest, GenerationFields, Prompt
-from toka.server.serving import Serving, serving_of, usage_of
+from toka.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
+from toka.server.serving import Serving, num_prompt_logprobs, serving_of, usage_of
 from toka.server.stream import ChunkTemplate, respond
+from toka.text.held_scores import ScoredToken
+from toka.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -31,11 +35,21 @@ async def create_completion(request: Request) -> Response:
     serving.check_admission()
     body = await read_body(request, CompletionRequest)
     model = serving.check_model(body.model)
-    prompts = await _token_prompts(serving, body.prompt, add_special_tokens=body.add_special_tokens)
+    prompts, texts = await _token_prompts(serving, body)
+    logprobs = None if body.logprobs is UNSET else body.logprobs
+    of_prompt = [num for num in (num_prompt_logprobs(body), logprobs if body.echo else None) if num is not None]
     generation = serving.submit(
-        body, prompts, prompt_param="prompt", default_max_tokens=DEFAULT_MAX_TOKENS, start_time=start_time
+        body,
+        prompts,
+        prompt_param="prompt",
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        start_time=start_time,
+        logprobs=logprobs,
+        prompt_logprobs=max(of_prompt, default=None),
+        may_generate_nothing=body.echo or bool(of_prompt),
     )
-    head = {
+    replies = _Replies(serving.tokenizer, body, generation, prompts, texts)
+    head: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
@@ -47,16 +61,17 @@ async def create_completion(request: Request) -> Response:
         request,
         generation,
         abort=lambda: serving.engine.abort(generation),
-        chunks=(lambda events: _chunks(head, body, generation, events)) if body.stream else None,
-        whole=lambda: _completion(head, generation),
+        chunks=(lambda events: _chunks(head, replies, events)) if body.stream else None,
+        whole=lambda: Completion(**head, choices=replies.choices(), usage=usage_of(generation)),
     )
 
 
-async def _token_prompts(serving: Serving, prompt: Prompt, *, add_special_tokens: bool) -> Sequence[Sequence[int]]:
-    texts, token_prompts = prompts_of(prompt)
+async def _token_prompts(serving: Serving, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+    """The prompts' token ids, and their texts where the client gave texts."""
+    texts, token_prompts = prompts_of(body.prompt)
     if texts:
-        return await serving.encode(texts, "prompt", add_special_tokens=add_special_tokens)
-    return token_prompts
+        return await serving.encode(texts, "prompt", add_special_tokens=body.add_special_tokens), texts
+    return token_prompts, []
 
 
 def prompts_of(prompt: Prompt) -> tuple[list[str], list[list[int]]]:
@@ -74,17 +89,113 @@ def prompts_of(prompt: Prompt) -> tuple[list[str], list[list[int]]]:
     raise RequestError(f"prompt {rule}.", "prompt")
 
 
+class _Replies:
+    """What the choices of one request say: their text, after the prompt's where it is echoed, and their logprobs.
+
+    prompts: token ids. texts: of the prompts, empty where the client gave token ids.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        body: CompletionRequest,
+        generation: Generation,
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[str],
+    ):
+        self.body, self.generation = body, generation
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._texts: Sequence[str] = [""] * len(prompts)
+        if body.echo:
+            self._texts = texts or [tokenizer.decode(prompt) for prompt in prompts]
+
+    def choices(self) -> list[CompletionChoice]:
+        """All of them, whole."""
+        return [self._choice(sample) for sample in self.generation.samples]
+
+    def _choice(self, sample: Sample) -> CompletionChoice:
+        text, logprobs = self._text_of(sample.index), self.logprobs_of(sample.index, sample.scores)
+        if logprobs is not None and self.body.echo:
+            logprobs = _joined(self._prompt_logprobs_of(sample.index), logprobs)
+        choice = CompletionChoice(sample.index, text + sample.text, sample.finish_reason, logprobs)
+        if self.body.prompt_logprobs is not UNSET:
+            scores = self.generation.prompt_scores[self._prompt_of(sample.index)]
+            choice.prompt_logprobs = prompt_logprobs(self._tokenizer, scores, self.body.prompt_logprobs)
+        return choice
+
+    def logprobs_of(self, choice: int, scores: Sequence[ScoredToken]) -> CompletionLogprobs | None:
+        """Of these generated tokens; None unless asked for."""
+        if self.body.logprobs is UNSET:
+            return None
+        return completion_logprobs(self._tokenizer, scores, self.body.logprobs, len(self._text_of(choice)))
+
+    def echo_of(self, choice: int) -> tuple[str, CompletionLogprobs | None]:
+        """The prompt's text and, if asked for, its logprobs; None for those while it is not scored whole."""
+        return self._text_of(choice), None if self.body.logprobs is UNSET else self._prompt_logprobs_of(choice)
+
+    def can_echo(self, choice: int) -> bool:
+        """Whether all that `echo_of` tells is known."""
+        return self.body.logprobs is UNSET or self.generation.is_prompt_scored(choice)
+
+    def _prompt_logprobs_of(self, choice: int) -> CompletionLogprobs:
+        assert self.body.logprobs is not UNSET
+        prompt = self._prompt_of(choice)
+        scores = self.generation.prompt_scores[prompt]
+        tokens = scored_prompt(self._tokenizer, self._prompts[prompt], self._texts[prompt], scores)
+        return completion_logprobs(self._tokenizer, tokens, self.body.logprobs)
+
+    def _text_of(self, choice: int) -> str:
+        return self._texts[self._prompt_of(choice)]
+
+    def _prompt_of(self, choice: int) -> int:
+        return choice // self.generation.samples_per_prompt
+
+
+def _joined(first: CompletionLogprobs, then: CompletionLogprobs) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        first.text_offset + then.text_offset,
+        first.token_logprobs + then.token_logprobs,
+        first.tokens + then.tokens,
+        first.top_logprobs + then.top_logprobs,
+    )
+
+
 async def _chunks(
-    head: dict[str, Any], body: GenerationFields, generation: Generation, events: AsyncIterator[list[TokenEvent]]
+    head: dict[str, Any], replies: _Replies, events: AsyncIterator[list[TokenEvent]]
 ) -> AsyncIterator[bytes]:
+    body, generation = replies.body, replies.generation
     with_usage = body.stream_options is not UNSET and body.stream_options.include_usage
     template = ChunkTemplate(head, b'"text":', b"", with_usage=with_usage)
-    async for batch in events:
-        yield b"".join(map(template.token, batch))
+
+    def chunk(event: TokenEvent) -> bytes:
+        if not event.scores:
+            return template.token(event)
+        return template.token(event, msgspec.json.encode(replies.logprobs_of(event.choice, event.scores)))
+
+    async for batch in _echoed(replies, template, events) if body.echo else events:
+        yield b"".join(each if isinstance(each, bytes) else chunk(each) for each in batch)
     if with_usage:
         yield template.usage(usage_of(generation))
 
 
-def _completion(head: dict[str, Any], generation: Generation) -> Completion:
-    choices = [CompletionChoice(sample.index, sample.text, sample.finish_reason) for sample in generation.samples]
-    return Completion(**head, choices=choices, usage=usage_of(generation))
+async def _echoed(
+    replies: _Replies, template: ChunkTemplate, events: AsyncIterator[list[TokenEvent]]
+) -> AsyncIterator[list[bytes | TokenEvent]]:
+    """The events with a chunk before the first one of each choice that says its prompt.
+
+    Only the first sample scores a prompt, so that another one's tokens may have to wait for it.
+    """
+    waiting: dict[int, list[TokenEvent]] = {sample.index: [] for sample in replies.generation.samples}
+    async for batch in events:
+        said: list[bytes | TokenEvent] = []
+        for event in batch:
+            if event.choice not in waiting:
+                said.append(event)
+                continue
+            waiting[event.choice].append(event)
+            for choice in [choice for choice, held in waiting.items() if held and replies.can_echo(choice)]:
+                text, logprobs = replies.echo_of(choice)
+                said.append(template.token(TokenEvent(choice, text, None), msgspec.json.encode(logprobs)))
+                said += waiting.pop(choice)
+        yield said

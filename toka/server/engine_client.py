@@ -229,6 +229,11 @@ class EngineClient:
     def _spread(self, step: StepOutputs) -> None:
         now = time.perf_counter()
         self.stats = step.stats
+        if step.prompt_scores is not None:
+            for request_id, score in step.prompt_scores.entries():
+                if (scored := self._samples.get(request_id)) is not None:
+                    scored[0].take_prompt_score(score)
+        scores = {} if step.scores is None else dict(step.scores.entries())  # a request has one token a step
         over: list[int] = []
         unwanted: list[int] = []  # what we end, not the engine
         for request_id, token_id, finish, num_cached in zip(
@@ -241,7 +246,7 @@ class EngineClient:
             entry = self._samples.get(request_id)
             if entry is None:  # aborted; the engine had not heard of it yet
                 continue
-            if entry[0].take(token_id, finish, num_cached, now):
+            if entry[0].take(token_id, finish, num_cached, now, scores.get(request_id)):
                 (over if finish else unwanted).append(request_id)
         if over:
             self._forget(over)

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from toka.errors import CapacityError, TokaError
-from toka.messages import FinishReason
+from toka.messages import FinishReason, TokenLogprob
 from toka.metrics import Metrics
 from toka.params import SamplingParams
 from toka.text.generated_text import GeneratedText
+from toka.text.held_scores import HeldScores, ScoredToken
 from toka.text.tokenizer import Tokenizer
 
 MAX_PENDING_EVENTS = 4096  # tokens a streaming client may lag behind
 
 
 class TokenEvent(NamedTuple):
-    """One token of one choice: the choice's index, the text that is now certain (may be empty), the reason if it is the last."""
+    """One token of one choice: the choice's index, the text that is now certain (may be empty), the reason if it is the last, and
+    where logprobs are asked for the tokens that appear with this text."""
 
     choice: int
     text: str
     finish_reason: str | None
+    scores: Sequence[ScoredToken] = ()
 
 
 class SampleFailedError(TokaError):
@@ -39,15 +42,28 @@ class DeadlineError(TokaError):
 
 
 class Sample:
-    """One choice of a request, from the first token to the last."""
+    """One choice of a request, from the first token to the last. scores: its tokens that appear, where logprobs are asked for."""
 
-    __slots__ = ("_generated", "_generation", "_pieces", "_time", "index", "num_cached_tokens")
+    __slots__ = (
+        "_generated",
+        "_generation",
+        "_held_scores",
+        "_pieces",
+        "_time",
+        "_token_bytes",
+        "index",
+        "num_cached_tokens",
+        "scores",
+    )
 
     def __init__(self, generation: Generation, index: int, sampling: SamplingParams, tokenizer: Tokenizer):
         self._generation = generation
         self._generated = GeneratedText(tokenizer.token_bytes, sampling)
         self._pieces: list[str] = []
         self._time = generation.start_time
+        self._token_bytes = tokenizer.token_bytes
+        self._held_scores = None if sampling.logprobs is None else HeldScores()
+        self.scores: list[ScoredToken] = []
         self.index = index
         self.num_cached_tokens = 0
 
@@ -63,8 +79,14 @@ class Sample:
     def finish_reason(self) -> str | None:
         return self._generated.finish_reason
 
-    def take(self, token_id: int, finish: int, num_cached_tokens: int, now: float) -> bool:
-        """One entry of `StepOutputs`; token_id -1 = none. now: time.perf_counter().
+    def take_prompt_score(self, score: TokenLogprob) -> None:
+        """The next token of this sample's prompt is known, from its second on."""
+        self._generation.prompt_scores[self.index // self._generation.samples_per_prompt].append(score)
+
+    def take(
+        self, token_id: int, finish: int, num_cached_tokens: int, now: float, score: TokenLogprob | None = None
+    ) -> bool:
+        """One entry of `StepOutputs`; token_id -1 = none. now: time.perf_counter(). score: of this token, if asked for.
 
         Returns whether no more is wanted: the sample is over, or its generation has failed.
         """
@@ -73,6 +95,7 @@ class Sample:
             self._observe_latency(now)
             if self.num_tokens == 0:
                 self.num_cached_tokens = num_cached_tokens
+        offset = self._generated.num_decoded_chars
         text = self._generated.take(token_id, finish)
         if finish == FinishReason.ERROR:
             generation.fail(SampleFailedError("The engine could not go on with this request."))
@@ -82,8 +105,19 @@ class Sample:
             return True
         if text:
             self._pieces.append(text)
-        generation.emit(TokenEvent(self.index, text, self.finish_reason), now)
+        scores = () if self._held_scores is None else self._appearing(self._held_scores, score, offset)
+        generation.emit(TokenEvent(self.index, text, self.finish_reason, scores), now)
         return generation.is_over or self.finish_reason is not None
+
+    def _appearing(self, held: HeldScores, score: TokenLogprob | None, offset: int) -> list[ScoredToken]:
+        """The scored tokens that appear with the newest token's text."""
+        if score is not None:
+            token = ScoredToken(score.token_id, offset, score)
+            held.push(token, has_text=bool(self._token_bytes(score.token_id)))
+        generated = self._generated
+        scores = held.release(generated.num_certain_chars if generated.may_be_cut else None)
+        self.scores += scores
+        return scores
 
     def _observe_latency(self, now: float) -> None:
         metrics = self._generation.metrics
@@ -95,8 +129,9 @@ class Sample:
 class Generation:
     """All samples of one HTTP request: prompt p's sample i has index p * n + i.
 
-    num_prompt_tokens: one count per prompt. start_time: time.perf_counter() when the request came. streaming: whether events
-    are wanted one by one; without it they are not kept and `finished` is all there is.
+    num_prompt_tokens: one count per prompt. prompt_scores: for each prompt what is known of its tokens from the second on, if asked for.
+    start_time: time.perf_counter() when the request came. streaming: whether events are wanted one by one; without it they are not
+    kept and `finished` is all there is.
     """
 
     def __init__(
@@ -112,6 +147,7 @@ class Generation:
         self.metrics = metrics
         self.start_time = start_time
         self.num_prompt_tokens = num_prompt_tokens
+        self.prompt_scores: list[list[TokenLogprob]] = [[] for _ in sampling]
         self.samples_per_prompt = sampling[0].n
         self.request_ids: list[int] = []
         self.samples: list[Sample] = []
@@ -128,6 +164,11 @@ class Generation:
     @property
     def is_over(self) -> bool:
         return self._num_open == 0 or self._error is not None
+
+    def is_prompt_scored(self, choice: int) -> bool:
+        """Whether all of the prompt of this choice is scored."""
+        prompt = choice // self.samples_per_prompt
+        return len(self.prompt_scores[prompt]) == self.num_prompt_tokens[prompt] - 1
 
     def emit(self, event: TokenEvent, now: float) -> None:
         """Called by a sample for each of its tokens."""

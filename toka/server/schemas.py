@@ -41,6 +41,10 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     )
     ignore_eos: Annotated[bool, Meta(description="Go on past the model's end-of-sequence tokens.")] = False
     min_tokens: Annotated[int, Meta(description="No stop before so many tokens.")] = 0
+    prompt_logprobs: (
+        Annotated[int, Meta(description="Logprobs of the prompt's tokens, and so many of the likeliest; 0 to 20.")]
+        | UnsetType
+    ) = UNSET
     cache_salt: Annotated[str, Meta(description="Share cached prefixes only under the same salt.")] = ""
     priority: Annotated[int, Meta(description="Lower runs earlier, and in place of higher ones that run.")] = 0
     deadline_s: (
@@ -71,6 +75,10 @@ class CompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/completions."""
 
     prompt: Annotated[Prompt, Meta(description="A text, several texts, token ids, or several lists of token ids.")]
+    logprobs: (
+        Annotated[int, Meta(description="Logprobs of the tokens, and so many of the likeliest; 0 to 20.")] | UnsetType
+    ) = UNSET
+    echo: Annotated[bool, Meta(description="Begin the text with the prompt; with logprobs, of its tokens too.")] = False
     add_special_tokens: Annotated[bool, Meta(description="Put BOS before a text prompt where the model wants it.")] = (
         True
     )
@@ -99,6 +107,10 @@ class ChatCompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    logprobs: Annotated[bool, Meta(description="Tell the logprobs of the tokens.")] = False
+    top_logprobs: Annotated[int, Meta(description="And those of so many of the likeliest; 0 to 20.")] | UnsetType = (
+        UNSET
+    )
     max_completion_tokens: Annotated[int, Meta(description="The newer name of max_tokens.")] | UnsetType = UNSET
     add_generation_prompt: Annotated[bool, Meta(description="End the prompt with the assistant's header.")] = True
     chat_template_kwargs: Annotated[dict[str, Any], Meta(description="Variables for the chat template.")] = (
@@ -140,7 +152,6 @@ _NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "prompt_logprobs": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "truncate_prompt_tokens": (),
@@ -158,14 +169,10 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     CompletionRequest: {
         **_NEUTRAL_GENERATION,
         "best_of": (),
-        "echo": (False,),
-        "logprobs": (False,),
         "suffix": ("",),
     },
     ChatCompletionRequest: {
         **_NEUTRAL_GENERATION,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
@@ -203,11 +210,36 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class CompletionLogprobs(msgspec.Struct):
+    """One entry a token; null for a prompt's first token, which nothing predicts. -9999.0 stands for a probability of 0.
+
+    text_offset: characters of the choice's text before the token. top_logprobs: the likeliest tokens, and the token itself.
+    """
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class PromptTokenLogprob(msgspec.Struct):
+    """rank: 1 = likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]
+"""For each token of a prompt, by token id; null for the first."""
+
+
 class CompletionChoice(msgspec.Struct):
     index: int
     text: str
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct):
@@ -226,11 +258,31 @@ class AssistantMessage(msgspec.Struct):
     refusal: None = None
 
 
+class TopLogprob(msgspec.Struct):
+    """bytes: of the token's text; a token may be a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
 class ChatChoice(msgspec.Struct):
     index: int
     message: AssistantMessage
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(msgspec.Struct):
@@ -241,6 +293,7 @@ class ChatCompletion(msgspec.Struct):
     usage: Usage
     system_fingerprint: str
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Model(msgspec.Struct):

@@ -124,14 +124,20 @@ class Serving:
         prompt_param: str,
         default_max_tokens: int | None,
         start_time: float,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        may_generate_nothing: bool = False,
     ) -> Generation:
         """Check everything that can be checked here and hand the prompts to the engine.
 
         default_max_tokens: where the client gives none; None = as many as the context allows. start_time: perf_counter().
+        logprobs, prompt_logprobs: as in SamplingParams. may_generate_nothing: whether max_tokens may be 0.
         Raises RequestError naming the field at fault, CapacityError when the server is full.
         """
         ready = self.check_admission()
-        sampling = self._sampling(fields, default_max_tokens)
+        if fields.max_tokens == 0 and not may_generate_nothing:
+            raise RequestError("max_tokens must be at least 1, or 0 with echo or prompt_logprobs.", "max_tokens")
+        sampling = self._sampling(fields, default_max_tokens, logprobs, prompt_logprobs)
         for prompt in prompts:
             if not prompt:
                 raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
@@ -159,7 +165,13 @@ class Serving:
         )
         return generation
 
-    def _sampling(self, fields: GenerationFields, default_max_tokens: int | None) -> SamplingParams:
+    def _sampling(
+        self,
+        fields: GenerationFields,
+        default_max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+    ) -> SamplingParams:
         stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
         if len(stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop can hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", "stop")
@@ -179,6 +191,8 @@ class Serving:
             stop=stop,
             stop_token_ids=tuple(dict.fromkeys(fields.stop_token_ids)),
             ignore_eos=fields.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         ).check()
 
     def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
@@ -195,6 +209,15 @@ class Serving:
             raise RequestError(f"{param}: {num_samples} samples asked for, the server holds {limit} at most.", param)
         if self.engine.num_open + num_samples > limit:
             raise CapacityError(f"The server is full: {self.engine.num_open} of {limit} requests are open.")
+
+
+def num_prompt_logprobs(fields: GenerationFields) -> int | None:
+    """As asked for; None = no logprobs of the prompt. RequestError where they cannot be told."""
+    if fields.prompt_logprobs is UNSET:
+        return None
+    if fields.stream:
+        raise RequestError("prompt_logprobs is not available with stream.", "prompt_logprobs")
+    return fields.prompt_logprobs
 
 
 def serving_of(request: Request) -> Serving:
@@ -228,7 +251,7 @@ def _fit(sampling: SamplingParams, num_prompt_tokens: int, limit: int, prompt_pa
             "max_tokens",
             code="context_length_exceeded",
         )
-    return msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens or room).check()
+    return msgspec.structs.replace(sampling, max_tokens=room if sampling.max_tokens is None else sampling.max_tokens)
 
 
 def _session_id(fields: GenerationFields) -> str:

@@ -58,15 +58,16 @@ class ChunkTemplate:
     def __init__(self, head: dict[str, object], delta_key: bytes, after_text: bytes, *, with_usage: bool):
         self._start = b"data: " + orjson.dumps(head)[:-1] + b',"choices":['
         self._delta_key = delta_key
-        self._after_text = after_text + b',"logprobs":null,"finish_reason":'
+        self._after_text = after_text + b',"logprobs":'
         self._end = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
         self._bare_start = b"data: " + orjson.dumps(head)[:-1] + b',"choices":[],"usage":'
 
-    def token(self, event: TokenEvent) -> bytes:
-        """The chunk of one token."""
+    def token(self, event: TokenEvent, logprobs: bytes = b"null") -> bytes:
+        """The chunk of one token. logprobs: as JSON."""
         reason = b"null" if event.finish_reason is None else b'"%b"' % event.finish_reason.encode()
-        return b'%b{"index":%d,%b%b%b%b%b' % (
-            self._start, event.choice, self._delta_key, orjson.dumps(event.text), self._after_text, reason, self._end,
+        return b'%b{"index":%d,%b%b%b%b,"finish_reason":%b%b' % (
+            self._start, event.choice, self._delta_key, orjson.dumps(event.text), self._after_text, logprobs, reason,
+            self._end,
         )  # fmt: skip
 
     def choice(self, index: int, delta: bytes) -> bytes:

@@ -115,6 +115,10 @@ class Tokenizer:
         """The vocabulary's own spelling of a token; "" for an id without a token."""
         return self._backend.id_to_token(token_id) or ""
 
+    def spelled_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, special tokens spelled out; b"" for an id without a token."""
+        return self._bytes_of(token_id)
+
     def _bytes_of(self, token_id: int) -> bytes:
         added = self._added.get(token_id)
         if added is not None:

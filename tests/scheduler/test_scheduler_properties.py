@@ -21,9 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from toka.messages import FinishReason
 
 NUM_EVENTS = int(os.environ.get("TOKA_TEST_SCHEDULER_EVENTS", "200000"))
-CHOSEN_SHARE = 0.1
+CHOSEN_SHARE = 0.07
 STEPS_PER_EXAMPLE = 60
-EVENTS_PER_EXAMPLE = 140  # at least; a step of it is several events
+EVENTS_PER_EXAMPLE = 150  # at least; a step of it is several events
 
 
 def test_random_days_of_traffic(walk: Callable[[int, int], Any]) -> None:

@@ -16,7 +16,7 @@ from toka.plan import I32
 from toka.scheduler.prefix_index import PrefixIndex
 from toka.scheduler.retention import FOUND_AGAIN, ORDINARY, RetentionQueues
 
-_EVICTED_TOGETHER = 16
+_EVICTED_TOGETHER = 32
 
 
 class BlockPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from toka.plan import BatchPlan
+from toka.params import MAX_LOGPROBS
+from toka.plan import BatchPlan, Scoring
 from toka.runner.kv_cache import KVCache, KVCacheShape
 from toka.runner.model_runner import ModelRunner, RunnerSizes
+from toka.runner.step_program import NO_TARGET
 from toka.warmup.coverage import buckets, dummy_plan
 
 CPU = torch.device("cpu")
@@ -25,16 +28,24 @@ class Doubling:
     def __init__(self) -> None:
         self.outputs: dict[int, Tensor] = {}
         self.num_runs = 0
+        self.asked: list[list[int]] = []
 
     def run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         self.num_runs += 1
         tokens = inputs["token_ids"].clone()
-        rows, index = inputs["sample_rows"], inputs["sample_index"].long()
+        rows, index = inputs["draw_rows"], inputs["sample_index"].long()
         before = inputs["last_token"][(-1 - tokens).clamp(min=0).long()]
-        drawn = 2 * torch.where(tokens < 0, before, tokens)[index]
+        drawn = torch.where(rows >= 0, 2 * torch.where(tokens < 0, before, tokens)[index], 0)
         inputs["last_token"][rows[rows >= 0].long()] = drawn[rows >= 0]
         out = self.outputs.setdefault(len(rows), torch.empty(len(rows), dtype=torch.int32))
         return (out.copy_(drawn),)
+
+    def follow_up(self, values: Mapping[str, Tensor], step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Makes everything of the ids that are asked for."""
+        self.asked.append(values["scored_ids"].tolist())
+        ids = values["scored_ids"]
+        top = ids[:, None].expand(-1, MAX_LOGPROBS)
+        return -ids.float(), ids, top, -top.float()
 
 
 def make_runner(max_captured_tokens: int = 0, token_step: int = 0) -> tuple[ModelRunner, Doubling]:
@@ -73,6 +84,24 @@ def test_rows_that_draw_nothing_get_nothing(captures: bool) -> None:
     runner, _ = make_runner(32 if captures else 0)
     result = runner.run(plan_of(3, [4, 0, 2], [10, 20, 30], [True, False, True]))
     assert (result.step, result.sampled.tolist()) == (3, [20, 0, 60])
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_logprobs_follow_a_step_only_if_somebody_asks(captures: bool) -> None:
+    """Of the drawn token that asks and of the token that follows a place in a prompt; the drawn one's id is known to the device only."""
+    runner, step = make_runner(32 if captures else 0)
+    plain = plan_of(0, [4, 0, 2], [10, 20, 30], [True, False, True])
+    if captures:
+        bucket = runner.bucket_for(3, 3)
+        runner.capture(dummy_plan(bucket, NUM_BLOCKS, 8, sampled=True), bucket)
+    assert runner.run(plain).logprobs is None and step.asked == []
+    scoring = Scoring(np.array([False, True]), np.array([1], dtype=np.int32), np.array([7], dtype=np.int32))
+    result = runner.run(dataclasses.replace(plain, scoring=scoring))
+    assert result.sampled.tolist() == [20, 0, 60]
+    assert step.asked[0][:3] == [NO_TARGET, 60, 7] and set(step.asked[0][3:]) <= {NO_TARGET}
+    assert result.logprobs is not None
+    assert result.logprobs.logprobs[1:].tolist() == [-60.0, -7.0] and result.logprobs.ranks[1:].tolist() == [60, 7]
+    assert result.logprobs.top_ids.shape == result.logprobs.top_logprobs.shape == (3, MAX_LOGPROBS)
 
 
 @pytest.mark.parametrize("captures", [False, True])

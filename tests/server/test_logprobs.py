@@ -9,6 +9,13 @@ import pytest
 from byte_tokenizer import EOS_ID
 from fake_engine import Behaviour, logprob_of
 from running_server import RunningServer
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
+
+from toka.messages import TokenLogprob
+from toka.server.logprobs import scored_prompt, spelling
+from toka.text.tokenizer import Tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -235,6 +242,17 @@ def test_what_is_refused_by_name(server: RunningServer, path: str, fields: dict[
     reply = server.post(path, {**prompt, **fields})
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, param) and param in error["message"]
+
+
+def test_offsets_where_the_tokenizer_puts_a_space_before_every_text() -> None:
+    backend = Backend(WordLevel({"▁ab": 0, "c": 1, "▁d": 2, "?": 3}, unk_token="?"))
+    backend.decoder = Metaspace()
+    tokenizer = Tokenizer(backend, special_tokens={})
+    text = tokenizer.decode([0, 1, 2])
+    tokens = scored_prompt(tokenizer, [0, 1, 2], text, [TokenLogprob(token, -1.0, 1, []) for token in (1, 2)])
+    assert text == "abc d"
+    assert [token.offset for token in tokens] == [0, 2, 3]
+    assert [spelling(tokenizer, token.token_id) for token in tokens] == [" ab", "c", " d"]
 
 
 def test_openapi_tells_the_fields(server: RunningServer) -> None:

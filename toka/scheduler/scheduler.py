@@ -324,9 +324,8 @@ class Scheduler:
         stop = min(num_tokens, start + budget)
         score_start = score_stop = request.num_scored_tokens
         if request.num_unscored:
-            stop = min(
-                stop, score_start + room
-            )  # from there on the logits of every token are wanted; score_start >= start
+            # From score_start on, which is not before start, the logits of every token are wanted.
+            stop = min(stop, score_start + room)
             score_stop = max(min(stop, request.num_prompt_tokens - 1), score_start)
             request.num_scored_tokens = score_stop
             table.num_unscored[row] = request.num_unscored

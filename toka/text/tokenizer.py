@@ -53,6 +53,7 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self._style = _DecoderStyle(backend)
         self._shown_bytes: dict[int, bytes] = {}
+        self._spelled_bytes: dict[int, bytes] = {}
         self.special_tokens = special_tokens
         self.chat_template = ChatTemplate(chat_template, special_tokens) if chat_template is not None else None
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
@@ -117,7 +118,10 @@ class Tokenizer:
 
     def spelled_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for, special tokens spelled out; b"" for an id without a token."""
-        return self._bytes_of(token_id)
+        spelled = self._spelled_bytes.get(token_id)
+        if spelled is None:
+            spelled = self._spelled_bytes[token_id] = self._bytes_of(token_id)
+        return spelled
 
     def _bytes_of(self, token_id: int) -> bytes:
         added = self._added.get(token_id)

@@ -272,6 +272,10 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
         for name in ("use_cudagraphs", "cudagraph_max_size", "cudagraph_step"):
             if value := getattr(config, name):
                 raise ConfigError(f"{name}={'T' if value is True else value}: needs device=cuda")
+    elif config.use_hydragen and config.batch_invariant:
+        raise ConfigError(
+            "use_hydragen=T batch_invariant=T: on CUDA attention by groups rounds by who is in the group; leave one of the two out"
+        )
     max_seqs = config.max_seqs_per_forward or (64 if on_cpu else 1024)
     max_tokens = config.max_tokens_per_forward or (512 if on_cpu else 8192)
     if config.max_tokens_per_forward is None:

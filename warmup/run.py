@@ -94,17 +94,19 @@ def _measure(
 ) -> tuple[memory.StepMemory, float]:
     """Run the largest step whole on a small cache; returns what it needed beside weights and cache, and the seconds it took.
 
-    Before it, where rows may share a prefix, the largest step of such rows: kernels then need room that no other step asks for.
+    Before it, where rows may share a prefix, each region once with as many such rows as there can be: kernels then need room that no
+    other step asks for.
     """
     bucket, block_size = next(coverage.buckets(runner)), setup.config.block_size
     num_blocks = bucket.num_rows + -(-bucket.num_tokens // block_size) + SHARED_PREFIX_STEP
-    plans = [coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True, scored=True)]
-    if runner.sizes.max_shared_groups and runner.sizes.max_blocks_per_row * block_size > 2 * SHARED_PREFIX_STEP:
-        plans.insert(0, coverage.shared_prefix_plan(runner.sizes.max_rows, num_blocks, block_size))
+    max_rows, max_tokens = runner.sizes.max_rows, runner.sizes.max_blocks_per_row * block_size
+    plan = coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True, scored=True)
 
-    def run_all() -> None:
-        for plan in plans:
-            runner.run(plan)
+    def run() -> None:
+        if runner.sizes.max_shared_groups and max_tokens > 2 * SHARED_PREFIX_STEP:
+            shared = coverage.shared_prefix_plan(max_rows, num_blocks, block_size)
+            runner.warm(shared, runner.bucket_for(max_rows, max_rows))
+        runner.run(plan)
 
     cache = KVCache(shape, num_blocks, setup.device)
     for tensor in (*cache.keys, *cache.values):
@@ -112,7 +114,7 @@ def _measure(
     runner.attach(cache)
     with progress.phase("measure"):
         began = time.perf_counter()
-        step = memory.measure_step(run_all, setup.device)
+        step = memory.measure_step(run, setup.device)
     return step, time.perf_counter() - began
 
 

@@ -13,7 +13,6 @@ per step in terms of those of reserve_max. JSON on the last line.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from report import publish
 
 from toka.messages import Submit, pack_tokens
 from toka.params import SamplingParams
@@ -143,10 +143,7 @@ def main() -> None:
             "mean_output_tokens": round(float(trace.output.mean()), 1),
             **results,
         }
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    print(text)
+    publish(report, arguments.json)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import heapq
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from report import publish
 
 from toka.messages import FinishReason, Submit, pack_tokens
 from toka.params import SamplingParams
@@ -339,10 +339,7 @@ def main() -> None:
         print(f"{policy}: {report[policy]}", file=sys.stderr)
     if engine is not None:
         engine.shutdown()
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    print(text)
+    publish(report, arguments.json)
 
 
 if __name__ == "__main__":

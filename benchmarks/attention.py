@@ -9,12 +9,12 @@ figure is the best of the repeats. The last line of output is the JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from report import publish
 from torch import Tensor
 
 from toka.config import Config, find_cxx
@@ -136,10 +136,7 @@ def main() -> None:
             print(
                 f"{kind:8}{shape:66}{result['us']:10.0f} us{result[unit]:8.1f} {unit}{result['share']:7.0%} of the limit"
             )
-    text = json.dumps(report)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    publish(report, options.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from startup import environment
+from report import publish
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 MAX_TOKENS = 128
@@ -109,11 +109,7 @@ def main() -> None:
     report["same_texts"] = len({each["texts"] for each in all_runs}) == 1
     report["prompt_tokens"] = all_runs[0]["prompt_tokens"]
     report |= {name: getattr(arguments, name) for name in ("samples", "prompts", "max_seqs", "rounds")}
-    report["environment"] = environment()
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    print(text)
+    publish(report, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ neighbouring passes (above 1: toka is faster). GB/s counts the weights only. The
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from report import publish
 from torch import Tensor
 
 from toka.config import Config, find_cxx
@@ -114,10 +114,8 @@ def main() -> None:
                 flush=True,
             )
             results.append(r)
-    text = json.dumps({"threads": options.threads, "dtype": options.dtype, "limits": limits, "results": results})
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    report = {"threads": options.threads, "dtype": options.dtype, "limits": limits, "results": results}
+    publish(report, options.json)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ find the groups for Hydragen; median. Results as JSON, last line.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from report import publish
 
 from toka.messages import Submit, encode, pack_tokens
 from toka.params import SamplingParams
@@ -243,10 +243,7 @@ def main() -> None:
     report["forecast_us"] = {str(rows): forecast_us(rows, 20 * repeats) for rows in FORECAST_ROWS}
     report["shared_prefix_us"] = {str(SHARED_PREFIX_ROWS): shared_prefix_us(SHARED_PREFIX_ROWS, 100 * repeats)}
     print(f"forecast µs {report['forecast_us']}, shared prefixes µs {report['shared_prefix_us']}", file=sys.stderr)
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    print(text)
+    publish(report, arguments.json)
 
 
 if __name__ == "__main__":

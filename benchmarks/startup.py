@@ -31,7 +31,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from toka.config import Config, hub_offline, num_available_cores
+from report import publish
+
+from toka.config import Config, hub_offline
 from toka.model_source import ModelSource, locate, read_hf_config
 
 HERE = Path(__file__).parent
@@ -123,27 +125,6 @@ def vllm_s(python: str, source: ModelSource) -> dict[str, float]:
     return {"cold_ready_s": seconds[0], "warm_ready_s": seconds[1]}
 
 
-def environment() -> dict[str, Any]:
-    """Commit, machine and versions that the figures belong to."""
-    from importlib.metadata import version
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "unknown",
-    )
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    return {
-        "commit": commit.stdout.strip(),
-        "cpu": cpu,
-        "cores": num_available_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "versions": {"python": sys.version.split()[0], **versions},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the JSON to this file")
@@ -177,11 +158,7 @@ def main() -> None:
     if arguments.vllm_python:
         report["vllm"] = vllm_s(arguments.vllm_python, source)
         print(f"vllm: cold {report['vllm']['cold_ready_s']:.1f} s, warm {report['vllm']['warm_ready_s']:.1f} s")
-    report["environment"] = environment()
-    text = json.dumps({name: _rounded(value) for name, value in report.items()})
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    print(text)
+    publish({name: _rounded(value) for name, value in report.items()}, arguments.json)
 
 
 def _rounded(value: Any) -> Any:

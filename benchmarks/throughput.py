@@ -24,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from startup import environment, ready_toka
+from report import publish
+from startup import ready_toka
 
 from toka.config import Config, hub_offline, num_available_cores
 from toka.model_source import ModelSource, locate, read_hf_config
@@ -197,11 +198,7 @@ def main() -> None:
     report |= {"cold_start_s": cold, "warm_start_s": warm}
     if "toka" in peak:
         report["peak_rss_bytes"] = max(peak["toka"])
-    report["environment"] = environment()
-    text = json.dumps(report)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    print(text)
+    publish(report, arguments.json)
 
 
 def _last(name: str, row: dict[str, list[float]], workload: str) -> str:

@@ -26,4 +26,4 @@ def test_its_last_line_is_json_with_the_figures_of_every_row_count(tmp_path: Pat
 
 def test_it_imports_no_torch() -> None:
     check = f"import runpy, sys; runpy.run_path({str(PROGRAM)!r}); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=PROGRAM.parent)

@@ -15,7 +15,7 @@ import numpy as np
 from toka.plan import I32, MAX_SHARED_LEVELS, SHARED_PREFIX_STEP, SharedPrefixPlan
 from toka.scheduler.batching import DecodeSet
 from toka.scheduler.config import SchedulerConfig
-from toka.scheduler.shared_prefix import NO_RUN, SharedPrefixes
+from toka.scheduler.shared_prefix import SharedPrefixes
 
 
 @dataclass(slots=True)
@@ -69,12 +69,11 @@ class GroupFinder:
         large = np.flatnonzero(num_members >= self._min_rows)
 
         groups: list[_Group] = []
-        covered = {NO_RUN: _Covered()}
+        covered: dict[int, _Covered] = {}
         for i in large[np.argsort(runs.first_blocks[large], kind="stable")].tolist():
             first_block, first_row = int(runs.first_blocks[i]), int(runs.rows[runs.starts[i]])
-            run_before = self._shared.run_before(first_row, first_block) if first_block else NO_RUN
-            before = covered.get(run_before)
-            if before is None or (run_before == NO_RUN and first_block):
+            before = covered.get(self._shared.run_before(first_row, first_block)) if first_block else _Covered()
+            if before is None:
                 continue  # what lies before these blocks is not shared
             members = places[runs.starts[i] : runs.starts[i] + runs.sizes[i]]
             num_blocks = first_block + int(runs.num_blocks[i])

@@ -82,3 +82,6 @@ def ends_without_token(request_ids: list[int], reason: FinishReason) -> TokenOut
         finish=np.full(num_ends, reason, dtype=np.uint8),
         cached=np.zeros(num_ends, dtype=np.int32),
     )
+
+
+NOBODY_ENDS = ends_without_token([], FinishReason.NONE)

@@ -32,7 +32,7 @@ from toka.scheduler.block_pool import BlockPool
 from toka.scheduler.config import SchedulerConfig
 from toka.scheduler.hydragen import GroupFinder
 from toka.scheduler.outlook import Forecaster, HeadProspect, Newcomer, Outlook, RunningRows
-from toka.scheduler.outputs import ScoredTokens, TokenOutputs, ends_without_token
+from toka.scheduler.outputs import NOBODY_ENDS, ScoredTokens, TokenOutputs, ends_without_token
 from toka.scheduler.plan_builder import (
     build_decode_plan,
     build_mixed_plan,
@@ -141,7 +141,10 @@ class Scheduler:
 
     def expire(self, now_s: float) -> TokenOutputs:
         """End those that should have begun before now_s, on the clock of Submit.arrival_s; one entry each, without a token."""
-        expired = [waiting.expire().request_id for waiting in self._waiting.take_expired(now_s)]
+        late = self._waiting.take_expired(now_s)
+        if not late:
+            return NOBODY_ENDS
+        expired = [waiting.expire().request_id for waiting in late]
         for request_id in expired:
             del self._states[request_id]
         return ends_without_token(expired, FinishReason.EXPIRED)
@@ -248,6 +251,7 @@ class Scheduler:
             return
         if self._way_made is not None and self._way_made[0] is head and self._planned_step < self._way_made[1]:
             return
+        self._way_made = head, self._planned_step + max(self._admission.retry_steps, self.config.steps_in_flight)
         running = self._running_rows()
         worse = running[self._table.priority[running] > head.request.rank.priority]
         if not len(worse):
@@ -260,7 +264,6 @@ class Scheduler:
         for row in worse[:num_preempted].tolist() if num_preempted else ():
             self._num_preemptions_by_priority += 1
             self._preempt(row)
-        self._way_made = head, self._planned_step + max(self._admission.retry_steps, self.config.steps_in_flight)
 
     def _could_begin_without(self, preempted: Rows, running: Rows, newcomer: Newcomer) -> bool:
         """Whether this newcomer could begin if these rows and those that drain had settled."""

@@ -1,4 +1,5 @@
-"""How near does paged attention come to the machine's limits? Decode against read bandwidth, prefill against matrix products.
+"""How near does paged attention come to the machine's limits? Decode against read bandwidth, prefill against matrix products; and
+what decode gains where rows share a prefix.
 
     python benchmarks/attention.py [--threads N] [--repeats N] [--json FILE]
 
@@ -25,6 +26,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEADS = [(9, 3, 64), (32, 8, 128), (8, 8, 64)]
 DECODE = [(1, 4096), (64, 256), (32, 2048)]  # (rows, tokens in each row's cache)
 PREFILL = [(512, 512), (2048, 2048), (512, 4096)]  # (new tokens, tokens in the cache after them)
+SHARED = [
+    (1024, 8, 640, 64),
+    (128, 1, 640, 64),
+    (32, 1, 512, 32),
+    (8, 1, 512, 32),
+]  # (rows, groups, prefix, tokens of its own)
 BLOCK_SIZE = 16
 
 
@@ -112,6 +119,36 @@ def measure_prefill(limits: dict[str, float], repeats: int) -> list[dict[str, ob
     return results
 
 
+def measure_shared(limits: dict[str, float], repeats: int) -> list[dict[str, object]]:
+    """Decode rows of SmolLM2-135M after a prefix that each group shares, with the groups named and without, in turn."""
+    results: list[dict[str, object]] = []
+    num_heads, _, head_dim = HEADS[0]
+    op = torch.ops.toka_cpp.paged_attention
+    for rows, num_groups, prefix, own in SHARED:
+        arguments = step(HEADS[0], 1, rows, prefix + own, torch.float32)
+        table, size = arguments[3], rows // num_groups
+        table[:, : prefix // BLOCK_SIZE] = table[::size, : prefix // BLOCK_SIZE].repeat_interleave(size, 0)
+        groups = torch.tensor([[0, i * size, (i + 1) * size, 0, prefix] for i in range(num_groups)], dtype=torch.int32)
+        shared = (groups, torch.arange(rows, dtype=torch.int32), torch.full((rows,), prefix, dtype=torch.int32))
+        assert torch.equal(op(*arguments), op(*arguments, *shared))
+        plain = best_seconds(lambda a=arguments: op(*a), repeats)
+        seconds = best_seconds(lambda a=(*arguments, *shared): op(*a), repeats)
+        rate = 4 * num_heads * head_dim * rows * (prefix + own) / seconds / 1e9
+        results.append(
+            {
+                "rows": rows,
+                "groups": num_groups,
+                "prefix": prefix,
+                "own": own,
+                "plain_us": round(plain * 1e6),
+                "us": seconds * 1e6,
+                "gflop_per_s": rate,
+                "share": rate / limits["matmul_gflop_per_s"],
+            }
+        )
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -128,9 +165,10 @@ def main() -> None:
         "limits": limits,
         "decode": measure_decode(limits, options.repeats),
         "prefill": measure_prefill(limits, options.repeats),
+        "shared": measure_shared(limits, options.repeats),
     }
     print(f"limits: {limits['read_gb_per_s']:.1f} GB/s read, {limits['matmul_gflop_per_s']:.0f} GFLOP/s matmul")
-    for kind, unit in (("decode", "gb_per_s"), ("prefill", "gflop_per_s")):
+    for kind, unit in (("decode", "gb_per_s"), ("prefill", "gflop_per_s"), ("shared", "gflop_per_s")):
         for result in report[kind]:
             shape = " ".join(f"{key}={value}" for key, value in result.items() if key not in ("us", unit, "share"))
             print(

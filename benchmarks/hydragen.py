@@ -27,6 +27,8 @@ MAX_TOKENS = 128
 
 
 def four_shot_prompts(count: int) -> list[str]:
+    if not GSM8K.exists():
+        raise SystemExit(f"{GSM8K} is missing: train_first200.jsonl and test_first660.jsonl of GSM8K belong there")
     solved, open_ = (
         [json.loads(line) for line in (GSM8K / name).read_text().splitlines()]
         for name in ("train_first200.jsonl", "test_first660.jsonl")

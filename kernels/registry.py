@@ -112,6 +112,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             ("token_logprobs", "", ""),
             ("linear", "linear_packed", "toka_cpp::pack_linear"),
             ("embedding", "embedding_packed", "toka_cpp::pack_linear"),
+            ("linear_quantised", "linear_quantised_packed", "toka_cpp::pack_quantised"),
+            ("embedding_quantised", "embedding_quantised_packed", "toka_cpp::pack_quantised"),
         )
     ),
     Implementation(
@@ -130,6 +132,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         Implementation(op, "reference", "toka", priority=0, traits=frozenset(Trait))
         for op in ("rope_write_kv", "linear", "merge_attention", "sparse_logits", "token_logprobs")
     ),
+    Implementation("linear_quantised", "reference", "toka", priority=0),
+    Implementation("embedding_quantised", "reference", "toka", priority=0, traits=frozenset(Trait)),
     *(
         Implementation(
             op,

@@ -8,6 +8,7 @@ neither        kernels are built, every region is traced, transformed and compil
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ from toka.weights.weight import Weight
 log = logging.getLogger(__name__)
 
 # With all of models, compile and kernels: the sources that decide what a graph looks like. A change in any makes a new artifact.
-_SOURCE_FILES = ("runner/step_program.py", "weights/weight.py", "placement.py", "params.py")
+_SOURCE_FILES = ("runner/step_program.py", "weights/weight.py", "weights/integer_codes.py", "placement.py", "params.py")
 
 # Operators whose first tensor is [T, H, D]: which kernel can serve them depends on D.
 _OVER_HEADS = frozenset({"paged_attention", "rope_write_kv", "write_kv"})
@@ -90,7 +91,7 @@ def dump_passes(graph: StepGraph, setup: EngineSetup, directory: Path) -> None:
 def identity(model: CausalLM, setup: EngineSetup) -> Identity:
     """All that shapes the code, field by field (see compile/artifact.py)."""
     config = setup.config
-    formats = sorted({module.format.name for module in model.modules() if isinstance(module, Weight)})
+    formats = {name: module.format for name, module in model.named_modules() if isinstance(module, Weight)}
     return {
         **artifact.environment(setup.device),
         "sources": artifact.sources_fingerprint(_sources()),
@@ -102,7 +103,8 @@ def identity(model: CausalLM, setup: EngineSetup) -> Identity:
         "mesh": "one rank",
         "sizes": "symbolic, from 1",
         "dtype": config.dtype,
-        "formats": " ".join(formats),
+        "formats": " ".join(sorted({each.name for each in formats.values()})),
+        "format of each weight": hashlib.sha256(repr(formats).encode()).hexdigest()[:16],
         "page_size": str(config.block_size),
         "batch_invariant": str(config.batch_invariant),
         **{f"model.{field.name}": repr(getattr(setup.spec, field.name)) for field in dataclasses.fields(setup.spec)},

@@ -24,7 +24,6 @@ from toka.config import DeviceFacts, hub_offline, num_available_cores
 from toka.devices import KNOWN_DEVICES, KnownDevice, PlanFlags
 from toka.errors import ConfigError
 from toka.model_source import locate_configuration
-from toka.models.registry import build_model
 from toka.plan import MAX_SHARED_LEVELS
 from toka.runner.model_runner import RunnerSizes
 from toka.runner.step_program import build_step_graph, kv_cache_shape
@@ -127,7 +126,7 @@ def make_plan(flags: PlanFlags) -> MemoryPlan:
     source = locate_configuration(flags.model, flags.cache_path(), offline=hub_offline())
     setup = settle(flags, source, None if known is None else _facts(known))
     with torch.no_grad():
-        model = build_model(setup.spec, setup.dtype)
+        model = setup.build_model()
         graph = build_step_graph(model, setup.dtype, setup.config.block_size)
         # Shapes are the same on every device, so the graphs are traced on this one; only the kernels are those of the other.
         choose = kernel_chooser(setup, families_of(setup.device))

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from toka.compile.compiled_model import CompiledModel
 from toka.models.decoder import CausalLM
-from toka.models.registry import build_model
 from toka.plan import SHARED_PREFIX_STEP, BatchPlan
 from toka.runner.kv_cache import KVCache, KVCacheShape
 from toka.runner.model_runner import ModelRunner
@@ -43,7 +42,7 @@ def warm_up(setup: EngineSetup, reader: CheckpointReader, *, quiet: bool = False
     torch.set_num_threads(setup.config.num_threads)
     report = WarmupReport()
     with WarmupProgress(report, quiet=quiet) as progress, torch.no_grad():
-        model = build_model(setup.spec, setup.dtype)
+        model = setup.build_model()
         shape = kv_cache_shape(model, setup.dtype, setup.config.block_size)
         compiled = code.obtain(model, setup, progress, report)
         _bind_weights(compiled, model, reader, setup.device, progress)

@@ -9,21 +9,31 @@ import torch
 from toka.config import Config, DeviceFacts, ResolvedConfig, num_available_cores, resolve
 from toka.errors import ConfigError
 from toka.model_source import ModelSource, read_hf_config
+from toka.models.decoder import CausalLM
+from toka.models.registry import build_model
 from toka.models.spec import ModelSpec, read_spec
 from toka.runner.model_runner import RunnerSizes
 from toka.scheduler.config import SchedulerConfig
 from toka.warmup import memory
+from toka.weights.formats import FormatPlan, QuantizeFlags, plan_formats
 
 
 @dataclass(frozen=True)
 class EngineSetup:
     """spec: the model's shape. config: no choice left open. limits: what the scheduler's plans keep to; its num_blocks is one
-    request of full length until the warmup has sized the KV cache.
+    request of full length until the warmup has sized the KV cache. formats: how each weight is stored.
     """
 
     spec: ModelSpec
     config: ResolvedConfig
     limits: SchedulerConfig
+    formats: FormatPlan
+
+    def build_model(self) -> CausalLM:
+        """The model on the meta device, each weight in its format."""
+        model = build_model(self.spec, self.dtype)
+        self.formats.apply(model)
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +81,10 @@ def settle(config: Config, source: ModelSource, device: DeviceFacts | None = Non
         hydragen_min_prefix_len=resolved.hydragen_min_prefix_len,
         vocab_size=spec.vocab_size,
     )
-    return EngineSetup(spec, resolved, limits)
+    quantize = QuantizeFlags(
+        resolved.quantize, resolved.quantize_exclude, resolved.quantize_lm_head, resolved.int8_activations
+    )
+    return EngineSetup(spec, resolved, limits, plan_formats(source.path, quantize))
 
 
 def device_facts(wanted: str) -> DeviceFacts:

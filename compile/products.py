@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import toka.kernels.ops  # noqa: F401  (defines torch.ops.toka)
 from torch._ops import OpOverload
 from torch.fx import Node
 
+import toka.kernels.ops  # noqa: F401  (defines torch.ops.toka)
 from toka.compile.region_graph import RegionGraph
 
 
@@ -40,8 +40,10 @@ class Product:
 
 def product_of(node: Node) -> Product | None:
     """The product that a node computes; None if it is none."""
-    reader = _READERS.get(node.target)  # type: ignore[arg-type]
-    return None if node.op != "call_function" or reader is None else reader(*node.args)
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return None
+    reader = _READERS.get(node.target)
+    return None if reader is None else reader(*node.args)
 
 
 def _dense(x: Any, weight: Any, bias: Any = None) -> Product:

@@ -29,10 +29,11 @@ linear: x_NI · weight_OIᵀ + bias_O → [N, O]; sums in float32, in an order t
 pack_linear: weight_OI [O, I] → the same numbers as panels of PANEL_WIDTH output features, [ceil(O / PANEL_WIDTH), I, PANEL_WIDTH], zeros
     beyond O: panel[p, i, l] = weight[p * PANEL_WIDTH + l, i]. Runs once, when weights are loaded.
 linear_packed: `linear` over packed panels; out_features = O. embedding_packed: rows ids_N of the weight that was packed → [N, I].
-linear_quantised: x_NI · weightᵀ + bias_O → [N, O] over a weight of integer codes of `bits` 4 or 8: codes uint8
-    [O, I * bits / 8], of 4 bits the even in feature in the low half; scales_OG and minimums_OG for each of G groups of neighbouring in features, float16, or float32 if G = 1:
-    weight[o, i] = scale[o, g] * code[o, i] + minimum[o, g]. Without minimums the codes are symmetric, minimum = -2^(bits-1) * scale.
-    int8_activations: x is rounded first, each row and group to 255 steps between minus and plus its largest magnitude.
+linear_quantised: x_NI · weightᵀ + bias_O → [N, O] over a weight of integer codes of `bits` 4 or 8: codes uint8 [O, I * bits / 8], of 4
+    bits the even in feature in the low half; scales_OG and minimums_OG for each of G groups of neighbouring in features, float16, or
+    float32 if G = 1: weight[o, i] = scale[o, g] * code[o, i] + minimum[o, g]. Without minimums the codes are symmetric:
+    minimum = -2^(bits - 1) * scale. int8_activations: x is rounded first, each row and group to 255 steps between minus and plus its
+    largest magnitude.
 embedding_quantised: rows ids_N of such a weight, in dtype.
 pack_quantised: such a weight as panels uint8 [ceil(O / PANEL_WIDTH), bytes of a panel], laid out as kernels/cpp/quantised.h says.
 linear_quantised_packed, embedding_quantised_packed: the same over panels.

@@ -50,7 +50,7 @@ void quantise_rows(const T* values, int64_t stride, int64_t num_rows, const Pane
       const vfloat to_integer = broadcast(12582912.0f);  // 1.5 * 2**23: adding it rounds to the nearest integer, ties to even
       vint sums{};
       for (int64_t i = 0; i < shape.padded_group_size(); i += kLanes) {
-        const vfloat scaled = load_part(from + i, group_size - i) * inverse;
+        const vfloat scaled = rounded(load_part(from + i, group_size - i) * inverse);
         const vint rounded_codes = (vint)(scaled + to_integer) - (vint)to_integer;
         sums += rounded_codes;
         const bytes narrow = __builtin_convertvector(rounded_codes, bytes);

@@ -36,9 +36,10 @@ def dequantise(codes: Tensor, scales_OG: Tensor, minimums_OG: Tensor | None, bit
 
 def quantise_activations(x_NI: Tensor, num_groups: int) -> Tensor:
     """Each row and group rounded to 255 steps between minus and plus its largest magnitude, as float32 [N, I] again."""
-    x_NGK = x_NI.float().view(x_NI.shape[0], num_groups, -1)
+    x_NGK = x_NI.float().unflatten(1, (num_groups, -1))
     largest_NG1 = x_NGK.abs().amax(-1, keepdim=True)
-    inverse_NG1 = torch.where(largest_NG1 > _SMALLEST_MAGNITUDE, _MAX_ACTIVATION_CODE / largest_NG1, 0.0)
+    code_NG1 = torch.full_like(largest_NG1, _MAX_ACTIVATION_CODE)  # a number / tensor would be rounded twice
+    inverse_NG1 = torch.where(largest_NG1 > _SMALLEST_MAGNITUDE, code_NG1 / largest_NG1, 0.0)
     codes_NGK = torch.round(x_NGK * inverse_NG1)
     return (codes_NGK * (largest_NG1 / _MAX_ACTIVATION_CODE)).view(x_NI.shape)
 

@@ -5,8 +5,6 @@ Legend: N rows, I in features, O out features, P panels, L = PANEL_WIDTH.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,14 +21,6 @@ DTYPES = sorted(FLOATS, key=str)
 # Half a unit in the last place of the stored result, and the sums' own rounding in float32.
 RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SHAPES = [(1, 1), (33, 7), (31, 16), (96, 130), (200, 576), (40, 3000)]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Lets a test change the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from toka.weights.weight import CheckpointReader, Piece, row_chunks
 
 @dataclass(frozen=True, slots=True)
 class CodedRows:
-    """Some rows of a weight: codes uint8 [O, I] (one a byte, whatever their bits), scales and minimums [O, G] of any floating-point type."""
+    """Some rows of a weight: codes uint8 [O, I] (one a byte, whatever their bits), scales and minimums [O, G] in any float type."""
 
     codes: Tensor
     scales: Tensor
@@ -49,8 +49,8 @@ class IntegerCodes:
             return 1
         if in_features % self.group_size:
             raise ConfigError(
-                f"{self.name}: a weight of {in_features} in features does not divide into groups of {self.group_size}; "
-                "keep it out of the quantisation with quantize_exclude"
+                f"{self.name}: a weight (or a rank's piece of one) with {in_features} in features does not divide into groups of "
+                f"{self.group_size}; keep it out of the quantisation with quantize_exclude"
             )
         return in_features // self.group_size
 
@@ -58,8 +58,8 @@ class IntegerCodes:
         out_features, in_features = shape
         scale_dtype = torch.float16 if self.group_size else torch.float32
         scales = ((out_features, self.num_groups(in_features)), scale_dtype)
-        parts = {"codes": ((out_features, in_features * self.bits // 8), torch.uint8), "scales": scales}
-        return {**parts, "minimums": scales} if self.has_minimums else parts
+        codes = ((out_features, in_features * self.bits // 8), torch.uint8)
+        return {"codes": codes, "scales": scales, **({"minimums": scales} if self.has_minimums else {})}
 
     def checkpoint_names(self, name: str) -> tuple[str, ...]:
         return (name,)
@@ -84,10 +84,8 @@ class IntegerCodes:
     ) -> None:
         self.check_source(reader, name, shape)
         rows, columns = piece.bounds(shape) if piece is not None else tuple(slice(0, length) for length in shape)
-        if columns.start % (self.group_size or shape[1]) or columns.stop % (self.group_size or shape[1]):
-            raise ConfigError(f"{name}: a weight of {self.name} cannot be cut inside of a group of in features")
-        num_groups = self.num_groups(shape[1])
-        groups = slice(columns.start * num_groups // shape[1], columns.stop * num_groups // shape[1])
+        # A piece of a row that is one group has the whole row's scale.
+        groups = slice(columns.start // self.group_size, columns.stop // self.group_size) if self.group_size else slice(0, 1)
         for start, stop in row_chunks(rows, shape):
             coded = self.read_rows(reader, name, shape, start, stop)
             here = slice(start - rows.start, stop - rows.start)

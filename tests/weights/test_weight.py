@@ -87,7 +87,7 @@ def test_a_format_may_store_a_weight_in_several_tensors_and_choose_the_op():
             return parts["sign"] * parts["magnitude"]
 
         def linear(self, x_NI, parts, bias_O):
-            return nn.functional.linear(x_NI, self.dequantise(parts), bias_O)
+            return nn.functional.linear(x_NI, self.dequantise(parts, x_NI.dtype), bias_O)
 
         def embedding(self, ids_N, parts, dtype):
             return parts["sign"][ids_N] * parts["magnitude"][ids_N]

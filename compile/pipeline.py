@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from toka.compile import graph_spec
-from toka.compile.passes import canonicalise, fuse_rope_write, merge_linears, select_kernels, select_rows
+from toka.compile.passes import canonicalise, fuse_products, fuse_rope_write, merge_linears, select_kernels, select_rows
 from toka.compile.passes.select_kernels import ChosenKernel, KernelChooser
 from toka.compile.region_graph import RegionGraph
 
@@ -49,6 +49,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("fuse_rope_write", 1, fuse_rope_write.run, tolerance=1e-6),
     # toka.* and products become the best kernel for this device
     Pass("select_kernels", 3, select_kernels.run, tolerance=1e-4),
+    # norms, gates and residuals become part of the products beside them
+    Pass("fuse_products", 1, fuse_products.run, tolerance=1e-5),
 )
 
 

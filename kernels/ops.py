@@ -68,7 +68,9 @@ def _fake_pack_linear(weight_OI: Tensor) -> Tensor:
     return weight_OI.new_empty((-(-weight_OI.shape[0] // PANEL_WIDTH), weight_OI.shape[1], PANEL_WIDTH))
 
 
-def _fake_linear_packed(x_NI: Tensor, panels_PIL: Tensor, bias_O: Tensor | None, out_features: int) -> Tensor:
+def _fake_linear_packed(
+    x_NI: Tensor, panels: Tensor, bias_O: Tensor | None, out_features: int, *_: object, **__: object
+) -> Tensor:
     return x_NI.new_empty((x_NI.shape[0], out_features))
 
 
@@ -90,12 +92,6 @@ def _fake_pack_quantised(bits: int, codes: Tensor, scales_OG: Tensor, minimums_O
     out_features, num_groups = scales_OG.shape
     group_bytes = group_num_bytes(codes.shape[1] * 8 // bits, num_groups, bits, minimums_OG is not None)
     return codes.new_empty((-(-out_features // PANEL_WIDTH), num_groups * group_bytes))
-
-
-def _fake_linear_quantised_packed(
-    x_NI: Tensor, panels: Tensor, bias_O: Tensor | None, out_features: int, *_: object
-) -> Tensor:
-    return x_NI.new_empty((x_NI.shape[0], out_features))
 
 
 def _fake_embedding_quantised_packed(
@@ -143,7 +139,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "linear_quantised": _fake_linear_quantised,
     "embedding_quantised": _fake_embedding_quantised,
     "pack_quantised": _fake_pack_quantised,
-    "linear_quantised_packed": _fake_linear_quantised_packed,
+    "linear_quantised_packed": _fake_linear_packed,
     "embedding_quantised_packed": _fake_embedding_quantised_packed,
     "merge_attention": _fake_merge_attention,
     "sparse_logits": _fake_sparse_logits,

@@ -22,6 +22,7 @@ constexpr int64_t kPrefetchBytes = 8192;                 // ahead of a panel tha
 
 // Memory of a thread, kept from call to call; at most about 2 MiB.
 struct FloatScratch {
+  std::vector<float> rows;         // that are not plain, in float32
   std::vector<float> activations;  // blocks one after another, each [depth, its rows]
   std::vector<float> panel;        // a panel of another storage in float32
   std::vector<float> sums;         // [panels of the group, rows, kPanelWidth]
@@ -47,10 +48,10 @@ extern const std::array<MultiplyFloats, kBlockRows> kMultiplyOne, kMultiplySever
 template <typename T, typename Panels>
 class FloatProduct {
  public:
-  FloatProduct(View<const T> x, Panels panels, ProductOut<T> out) : x_(x), panels_(panels), out_(out) {}
+  FloatProduct(const ProductInput<T>& in, Panels panels, const ProductOut<T>& out) : in_(in), panels_(panels), out_(out) {}
 
   void run() const {
-    const Range rows{0, x_.sizes[0]}, panels{0, panels_.num_panels()};
+    const Range rows{0, in_.num_rows()}, panels{0, panels_.num_panels()};
     share_product(rows, panels, kPanelWidth * in_features(), kRowsPerThread, [&](Range own_rows, Range own_panels) {
       thread_local FloatScratch scratch;
       multiply(own_rows, own_panels, scratch);
@@ -80,6 +81,7 @@ class FloatProduct {
     const int64_t num_groups = num_chunks == 1 ? 1 : divide_up(panels.size(), kPanelsPerGroup);
     const int64_t at_once = Panels::kIsFloat && num_blocks == 1 ? panels_at_once(static_cast<int>(rows.size())) : 1;
     const int64_t sums_per_panel = rows.size() * kPanelWidth;
+    if (!in_.is_plain()) in_.prepare(rows, FloatScratch::grown(scratch.rows, rows.size() * in_features()));
     for (int64_t g = 0; g < num_groups; ++g) {
       const Range group = panels.part(g, num_groups);
       float* sums = FloatScratch::grown(scratch.sums, (num_chunks == 1 ? at_once : group.size()) * sums_per_panel);
@@ -108,7 +110,13 @@ class FloatProduct {
     float* to = FloatScratch::grown(scratch.activations, pass.rows.size() * depth + kLanes);
     for (int64_t b = 0; b < pass.num_blocks; ++b) {
       const Range block = pass.rows.part(b, pass.num_blocks);
-      pack_rows(x_.at(block.begin, pass.chunk.begin), x_.strides[0], static_cast<int>(block.size()), depth, to);
+      const int num_rows = static_cast<int>(block.size());
+      if (in_.is_plain()) {
+        pack_rows(in_.at(block.begin, pass.chunk.begin), in_.stride(), num_rows, depth, to);
+      } else {
+        const int64_t before = (block.begin - pass.rows.begin) * in_features() + pass.chunk.begin;
+        pack_rows(scratch.rows.data() + before, in_features(), num_rows, depth, to);
+      }
       to += block.size() * depth;
     }
   }
@@ -178,9 +186,9 @@ class FloatProduct {
   // So that num_blocks blocks together ask for one panel while they read another.
   int64_t lines_per_round(int64_t num_blocks) const { return divide_up(panels_.num_bytes(kDepthStep), kCacheLineBytes * num_blocks); }
 
-  const View<const T> x_;
+  const ProductInput<T>& in_;
   const Panels panels_;
-  const ProductOut<T> out_;
+  const ProductOut<T>& out_;
 };
 
 }  // namespace toka

@@ -30,21 +30,21 @@ struct StoredPanels {
 
 }  // namespace
 
-Tensor linear_packed(Tensor x_NI, Tensor panels_PIL, std::optional<Tensor> bias_O, int64_t out_features) {
-  const Tensor x = dense_last(x_NI);
-  STD_TORCH_CHECK(x.dim() == 2 && panels_PIL.dim() == 3 && panels_PIL.size(2) == kPanelWidth && panels_PIL.is_contiguous(),
+Tensor linear_packed(Tensor x_NI, Tensor panels_PIL, std::optional<Tensor> bias_O, int64_t out_features,
+                     std::optional<Tensor> norm_weight_I, double norm_eps, bool gated, std::optional<Tensor> residual_NO) {
+  STD_TORCH_CHECK(x_NI.dim() == 2 && panels_PIL.dim() == 3 && panels_PIL.size(2) == kPanelWidth && panels_PIL.is_contiguous(),
                   "x must be [N, I] and the panels contiguous [P, I, ", kPanelWidth, "]");
-  STD_TORCH_CHECK(x.size(1) == panels_PIL.size(1), "x has ", x.size(1), " features, the panels have ", panels_PIL.size(1));
   STD_TORCH_CHECK(divide_up(out_features, kPanelWidth) == panels_PIL.size(0), panels_PIL.size(0), " panels don't hold ", out_features,
                   " out features");
-  STD_TORCH_CHECK(x.scalar_type() == panels_PIL.scalar_type(), "x and the panels must have one dtype");
-  std::optional<Tensor> bias;
-  Tensor out = empty({x.size(0), out_features}, x.scalar_type());
-  with_float_type(x.scalar_type(), "x", [&](auto zero) {
+  STD_TORCH_CHECK(x_NI.scalar_type() == panels_PIL.scalar_type(), "x and the panels must have one dtype");
+  const Fusions fusions{bias_O, norm_weight_I, residual_NO, norm_eps, gated};
+  Tensor out = empty({x_NI.size(0), out_features}, x_NI.scalar_type());
+  with_float_type(x_NI.scalar_type(), "x", [&](auto zero) {
     using T = decltype(zero);
-    const T* bias_values_O = bias_values<T>(bias_O, out_features, x.scalar_type(), bias);
-    const StoredPanels<T> panels{view<T>(panels_PIL, 3, "panels").template as<const T>()};
-    FloatProduct<T, StoredPanels<T>>(view<T>(x, 2, "x").template as<const T>(), panels, {bias_values_O, view<T>(out, 2, "out")}).run();
+    const ProductInput<T> in(x_NI, fusions);
+    STD_TORCH_CHECK(in.in_features() == panels_PIL.size(1), "x has ", in.in_features(), " features, the panels have ", panels_PIL.size(1));
+    const ProductOut<T> results(out, fusions);
+    FloatProduct<T, StoredPanels<T>>(in, {view<T>(panels_PIL, 3, "panels").template as<const T>()}, results).run();
   });
   return out;
 }

@@ -126,18 +126,18 @@ const Multiply* kernels_for(const PanelShape& shape) {
 // Memory of a thread, kept from call to call.
 struct Scratch {
   std::vector<int8_t> codes;
-  std::vector<float> scales, code_sums, sums;
+  std::vector<float> rows, scales, code_sums, sums;
 };
 
 template <typename T>
 class QuantisedProduct {
  public:
-  QuantisedProduct(View<const T> x, View<const uint8_t> panels, const PanelShape& shape, ProductOut<T> out)
-      : x_(x), panels_(panels), shape_(shape), out_(out), kernels_(kernels_for(shape)),
+  QuantisedProduct(const ProductInput<T>& in, View<const uint8_t> panels, const PanelShape& shape, const ProductOut<T>& out)
+      : in_(in), panels_(panels), shape_(shape), out_(out), kernels_(kernels_for(shape)),
         block_rows_(max_rows(static_cast<int>(shape.bits), shape.has_minimums, shape.num_groups == 1)) {}
 
   void run() const {
-    const Range rows{0, x_.sizes[0]}, panels{0, panels_.sizes[0]};
+    const Range rows{0, in_.num_rows()}, panels{0, panels_.sizes[0]};
     share_product(rows, panels, kPanelWidth * shape_.in_features, 2 * block_rows_, [&](Range own_rows, Range own_panels) {
       thread_local Scratch scratch;
       const int64_t rows_at_once = std::max<int64_t>(block_rows_, kMaxActivationBytes / shape_.in_features);
@@ -160,7 +160,13 @@ class QuantisedProduct {
     };
     for (int64_t b = 0; b < num_blocks; ++b) {
       const Range block = rows.part(b, num_blocks);
-      quantise_rows(x_.at(block.begin), x_.strides[0], block.size(), shape_, block_at(block));
+      if (in_.is_plain()) {
+        quantise_rows(in_.at(block.begin, 0), in_.stride(), block.size(), shape_, block_at(block));
+      } else {
+        scratch.rows.resize(block_rows_ * shape_.in_features);
+        in_.prepare(block, scratch.rows.data());
+        quantise_rows(scratch.rows.data(), shape_.in_features, block.size(), shape_, block_at(block));
+      }
     }
     const int64_t panel_bytes = shape_.panel_bytes(), panel_lines = panel_bytes / kCacheLineBytes;
     const int64_t rounds = shape_.num_groups * shape_.quads_per_group() / 2;
@@ -177,10 +183,10 @@ class QuantisedProduct {
     }
   }
 
-  const View<const T> x_;
+  const ProductInput<T>& in_;
   const View<const uint8_t> panels_;
   const PanelShape shape_;
-  const ProductOut<T> out_;
+  const ProductOut<T>& out_;
   const Multiply* kernels_;
   const int64_t block_rows_;
 };
@@ -234,27 +240,27 @@ struct QuantisedPanels {
 }  // namespace
 
 Tensor linear_quantised_packed(Tensor x_NI, Tensor panels, std::optional<Tensor> bias_O, int64_t out_features, int64_t bits,
-                               int64_t num_groups, bool has_minimums, bool int8_activations) {
-  const Tensor x = dense_last(x_NI);
-  STD_TORCH_CHECK(x.dim() == 2, "x must be [N, I]");
-  const PanelShape shape{x.size(1), num_groups, bits, has_minimums};
-  shape.check();
-  const auto packed = table<uint8_t>(panels, 2, ScalarType::Byte, "panels");
-  STD_TORCH_CHECK(panels.is_contiguous() && packed.sizes[0] == num_panels_of(out_features) && packed.sizes[1] == shape.panel_bytes(),
-                  "the panels must be contiguous [", num_panels_of(out_features), ", ", shape.panel_bytes(), "], are [", packed.sizes[0], ", ",
-                  packed.sizes[1], "]");
-  std::optional<Tensor> bias;
-  Tensor out = empty({x.size(0), out_features}, x.scalar_type());
-  with_float_type(x.scalar_type(), "x", [&](auto zero) {
+                               int64_t num_groups, bool has_minimums, bool int8_activations, std::optional<Tensor> norm_weight_I,
+                               double norm_eps, bool gated, std::optional<Tensor> residual_NO) {
+  STD_TORCH_CHECK(x_NI.dim() == 2, "x must be [N, I]");
+  const Fusions fusions{bias_O, norm_weight_I, residual_NO, norm_eps, gated};
+  Tensor out = empty({x_NI.size(0), out_features}, x_NI.scalar_type());
+  with_float_type(x_NI.scalar_type(), "x", [&](auto zero) {
     using T = decltype(zero);
-    const auto rows = view<T>(x, 2, "x").template as<const T>();
-    const ProductOut<T> results(bias_values<T>(bias_O, out_features, x.scalar_type(), bias), view<T>(out, 2, "out"));
+    const ProductInput<T> in(x_NI, fusions);
+    const PanelShape shape{in.in_features(), num_groups, bits, has_minimums};
+    shape.check();
+    const auto packed = table<uint8_t>(panels, 2, ScalarType::Byte, "panels");
+    STD_TORCH_CHECK(panels.is_contiguous() && packed.sizes[0] == num_panels_of(out_features) && packed.sizes[1] == shape.panel_bytes(),
+                    "the panels must be contiguous [", num_panels_of(out_features), ", ", shape.panel_bytes(), "], are [", packed.sizes[0],
+                    ", ", packed.sizes[1], "]");
+    const ProductOut<T> results(out, fusions);
     if (int8_activations) {
-      QuantisedProduct<T>(rows, packed, shape, results).run();
+      QuantisedProduct<T>(in, packed, shape, results).run();
     } else if (bits == 4) {
-      FloatProduct<T, QuantisedPanels<4>>(rows, {packed, shape}, results).run();
+      FloatProduct<T, QuantisedPanels<4>>(in, {packed, shape}, results).run();
     } else {
-      FloatProduct<T, QuantisedPanels<8>>(rows, {packed, shape}, results).run();
+      FloatProduct<T, QuantisedPanels<8>>(in, {packed, shape}, results).run();
     }
   });
   return out;

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toka.kernels.op_schema import PANEL_WIDTH, QUAD
+from toka.kernels.reference.linear import before_product
 
 _MAX_ACTIVATION_CODE = 127.0
 _SMALLEST_MAGNITUDE = (
@@ -36,7 +37,7 @@ def dequantise(codes: Tensor, scales_OG: Tensor, minimums_OG: Tensor | None, bit
 
 def quantise_activations(x_NI: Tensor, num_groups: int) -> Tensor:
     """Each row and group rounded to 255 steps between minus and plus its largest magnitude, as float32 [N, I] again."""
-    x_NGK = x_NI.float().unflatten(1, (num_groups, -1))
+    x_NGK: Tensor = torch.unflatten(x_NI.float(), 1, (num_groups, -1))
     largest_NG1 = x_NGK.abs().amax(-1, keepdim=True)
     code_NG1 = torch.full_like(largest_NG1, _MAX_ACTIVATION_CODE)  # a number / tensor would be rounded twice
     inverse_NG1 = torch.where(largest_NG1 > _SMALLEST_MAGNITUDE, code_NG1 / largest_NG1, 0.0)
@@ -131,12 +132,19 @@ def linear_quantised_packed(
     num_groups: int,
     has_minimums: bool,
     int8_activations: bool,
+    norm_weight_I: Tensor | None = None,
+    norm_eps: float = 0.0,
+    gated: bool = False,
+    residual_NO: Tensor | None = None,
 ) -> Tensor:
-    """`linear_quantised` over a packed weight."""
-    codes, scales, minimums = unpack_quantised(panels, x_NI.shape[1], bits, num_groups, has_minimums)
+    """`linear_quantised` over a packed weight, with what stands before and behind it."""
+    before_NI = before_product(x_NI, norm_weight_I, norm_eps, gated)
+    codes, scales, minimums = unpack_quantised(panels, before_NI.shape[1], bits, num_groups, has_minimums)
     weight_OI = dequantise(codes, scales, minimums, 8)[:out_features]
-    x_wide_NI = quantise_activations(x_NI, num_groups) if int8_activations else x_NI.float()
-    return F.linear(x_wide_NI, weight_OI, None if bias_O is None else bias_O.float()).to(x_NI.dtype)
+    if int8_activations:
+        before_NI = quantise_activations(before_NI, num_groups)
+    out_NO = F.linear(before_NI, weight_OI, None if bias_O is None else bias_O.float())
+    return (out_NO if residual_NO is None else out_NO + residual_NO.float()).to(x_NI.dtype)
 
 
 def embedding_quantised_packed(

@@ -192,6 +192,24 @@ def test_an_embedding_is_a_row_of_what_was_packed(layout: Layout, dtype: torch.d
     torch.testing.assert_close(rows_NI, expected_NI, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("int8_activations", [True, False], ids=["int8", "float"])
+@pytest.mark.parametrize("layout", [Layout(4, 3, True), Layout(8, 1, False)], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 40])
+@pytest.mark.parametrize("before", ["norm", "gate"])
+def test_what_stands_around_a_product_is_computed_with_it(
+    before: str, num_rows: int, layout: Layout, int8_activations: bool
+) -> None:
+    weight, x_NI = random_weight(70, 96, layout), random_rows(num_rows, 192 if before == "gate" else 96, torch.float32)
+    norm_weight_I = torch.rand(96) if before == "norm" else None
+    arguments = (x_NI, weight.panels, None, 70, *dataclasses.astuple(layout), int8_activations)
+    fusions = (norm_weight_I, 1e-5, before == "gate", random_rows(num_rows, 70, torch.float32))
+    found = torch.ops.toka_cpp.linear_quantised_packed(*arguments, *fusions)
+    expected = torch.ops.toka.linear_quantised_packed(*arguments, *fusions)
+    # A rounding of what is normed or gated may move an activation by a whole step.
+    step = float(x_NI.abs().max()) ** 2 / 127 * float(weight.dequantised().abs().max()) if int8_activations else 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 + step)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     weight, x_NI = random_weight(40, 96, Layout(4, 3, True)), random_rows(2, 96, torch.float32)
     linear, pack = torch.ops.toka_cpp.linear_quantised_packed, torch.ops.toka_cpp.pack_quantised

@@ -85,7 +85,9 @@ class IntegerCodes:
         self.check_source(reader, name, shape)
         rows, columns = piece.bounds(shape) if piece is not None else tuple(slice(0, length) for length in shape)
         # A piece of a row that is one group has the whole row's scale.
-        groups = slice(columns.start // self.group_size, columns.stop // self.group_size) if self.group_size else slice(0, 1)
+        groups = (
+            slice(columns.start // self.group_size, columns.stop // self.group_size) if self.group_size else slice(0, 1)
+        )
         for start, stop in row_chunks(rows, shape):
             coded = self.read_rows(reader, name, shape, start, stop)
             here = slice(start - rows.start, stop - rows.start)

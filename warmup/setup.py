@@ -84,7 +84,7 @@ def settle(config: Config, source: ModelSource, device: DeviceFacts | None = Non
     quantize = QuantizeFlags(
         resolved.quantize, resolved.quantize_exclude, resolved.quantize_lm_head, resolved.int8_activations
     )
-    return EngineSetup(spec, resolved, limits, plan_formats(source.path, quantize))
+    return EngineSetup(spec, resolved, limits, plan_formats(source.path, hf_config, quantize))
 
 
 def device_facts(wanted: str) -> DeviceFacts:

@@ -82,7 +82,11 @@ def settle(config: Config, source: ModelSource, device: DeviceFacts | None = Non
         vocab_size=spec.vocab_size,
     )
     quantize = QuantizeFlags(
-        resolved.quantize, resolved.quantize_exclude, resolved.quantize_lm_head, resolved.int8_activations
+        resolved.quantize,
+        resolved.quantize_exclude,
+        resolved.quantize_lm_head,
+        resolved.int8_activations,
+        has_kernels=resolved.device == "cpu",
     )
     return EngineSetup(spec, resolved, limits, plan_formats(source.path, hf_config, quantize))
 

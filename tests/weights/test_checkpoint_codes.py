@@ -181,6 +181,25 @@ def test_weights_that_were_left_out_are_dense(tmp_path: Path) -> None:
     assert plan.format_of(NAME) is not DENSE and plan.format_of("model.layers.1.mlp.down_proj.weight") is DENSE
 
 
+@pytest.mark.parametrize(
+    "flags", [QuantizeFlags("none", (), False, True), QuantizeFlags("auto", (), False, True, has_kernels=False)]
+)
+def test_codes_that_nobody_wants_are_inflated(flags: QuantizeFlags, tmp_path: Path) -> None:
+    codes_OI, scales_OG = random_codes(4, OUT, IN), scales_of(IN // GROUP)
+    tensors = {
+        "weight_packed": packed_words(codes_OI, 4),
+        "weight_scale": scales_OG,
+        "weight_shape": torch.tensor([OUT, IN]),
+    }
+    config = compressed(4, "pack-quantized", "group", symmetric=True)
+    kept = load(tmp_path, tensors, config)
+    plan = plan_formats(tmp_path, {"quantization_config": config}, flags)
+    inflated = Weight((OUT, IN), torch.bfloat16, plan.format_of(NAME))
+    inflated.load(SafetensorsReader(tmp_path), NAME, CPU, Piece(1, 1, 2))
+    assert torch.equal(inflated.as_tensor(), kept.as_tensor()[:, IN // 2 :].bfloat16())
+    assert inflated.num_bytes() == OUT * IN // 2 * 2 and list(inflated.parts()) == ["dense"]
+
+
 def test_a_configuration_alone_tells_too(tmp_path: Path) -> None:
     config = compressed(4, "pack-quantized", "group", symmetric=True)
     plan = plan_formats(tmp_path, {"quantization_config": config}, FLAGS)

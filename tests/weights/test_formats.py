@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,6 +208,16 @@ def test_flags_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         plan_formats(tmp_path, {}, QuantizeFlags("auto", ("*",), False, True))
     with pytest.raises(ConfigError, match="does not divide into groups of 128"):
         Weight((4, 64), torch.float32, RoundToNearest("int4_group128", 4, 128, True, True))
+
+
+def test_without_kernels_gguf_is_inflated_and_nothing_rounded(write_matrix: WriteMatrix, tmp_path: Path) -> None:
+    path, _ = write_matrix("Q4_1", (96, 512))
+    nowhere = dataclasses.replace(FLAGS, has_kernels=False)
+    assert plan_formats(path, {}, nowhere).format_of(HF_NAME) is DENSE
+    with pytest.raises(
+        ConfigError, match="quantize=int8_channel: this version multiplies with integer codes on the CPU only"
+    ):
+        plan_formats(tmp_path, {}, dataclasses.replace(nowhere, quantize="int8_channel"))
 
 
 def test_rounding_what_is_no_float_is_refused(tmp_path: Path) -> None:

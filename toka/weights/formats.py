@@ -14,6 +14,7 @@ from torch import nn
 from toka.errors import ConfigError
 from toka.weights.gguf_codes import gguf_codes
 from toka.weights.gguf_reader import GgufReader
+from toka.weights.inflated import Inflated
 from toka.weights.integer_codes import IntegerCodes
 from toka.weights.quantization_config import stored_format
 from toka.weights.round_to_nearest import RoundToNearest
@@ -24,12 +25,14 @@ from toka.weights.weight import DENSE, Weight, WeightFormat
 @dataclass(frozen=True, slots=True)
 class QuantizeFlags:
     """What the user wants (see config.Config): quantize "auto", "none" or a format's name; exclude: patterns of names that stay in floating
-    point; lm_head: whether embedding and head are quantised too; int8_activations: for formats that leave it open."""
+    point; lm_head: whether embedding and head are quantised too; int8_activations: for formats that leave it open; has_kernels: whether
+    the device multiplies with codes; if not, those of a checkpoint are inflated."""
 
     quantize: str
     exclude: tuple[str, ...]
     lm_head: bool
     int8_activations: bool
+    has_kernels: bool = True
 
 
 class NamedWeights(Protocol):
@@ -59,14 +62,16 @@ def plan_formats(checkpoint: Path, hf_config: Mapping[str, Any], flags: Quantize
     hf_config: what its config.json says. Raises ConfigError if flags and checkpoint don't fit together.
     """
     stored = hf_config.get("quantization_config")
-    if stored is not None and flags.quantize != "auto":
+    if flags.quantize in ("auto", "none"):
+        return _as_stored(checkpoint, stored, flags)
+    if stored is not None:
         raise ConfigError(
             f"quantize={flags.quantize}: the checkpoint is quantised already ({stored.get('quant_method')}); leave the flag out"
         )
-    if flags.quantize == "auto":
-        return _as_stored(checkpoint, stored, flags)
-    if flags.quantize == "none":
-        return FormatPlan(lambda name: DENSE)
+    if not flags.has_kernels:
+        raise ConfigError(
+            f"quantize={flags.quantize}: this version multiplies with integer codes on the CPU only; leave the flag out"
+        )
     made = _ROUNDED[flags.quantize](flags.int8_activations)
     return FormatPlan(lambda name: DENSE if _is_excluded(name, flags) else made)
 
@@ -76,10 +81,12 @@ def _as_stored(checkpoint: Path, stored: Mapping[str, Any] | None, flags: Quanti
         raise ConfigError(
             "quantize_exclude and quantize_lm_head: say what to quantise with quantize=FORMAT too, or leave them out"
         )
+    keeps_codes = flags.quantize == "auto" and flags.has_kernels
     if stored is not None:
         quantised, has_codes = stored_format(stored, flags.int8_activations), _weights_with_codes(checkpoint)
-        return FormatPlan(lambda name: quantised if has_codes(name, quantised.checkpoint_names(name)[0]) else DENSE)
-    if checkpoint.is_dir():
+        kept = quantised if keeps_codes else Inflated(quantised)
+        return FormatPlan(lambda name: kept if has_codes(name, quantised.checkpoint_names(name)[0]) else DENSE)
+    if checkpoint.is_dir() or not keeps_codes:
         return FormatPlan(lambda name: DENSE)
     formats = {
         name: gguf_codes(entry.encoding, flags.int8_activations) or DENSE

@@ -102,6 +102,7 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self._rows: dict[int, _Row] = {}
+        self._begun: list[tuple[int, float]] = []
         self._num_steps = 0
         self._num_tokens = 0
 
@@ -159,6 +160,7 @@ class FakeEngine:
                     if message.sampling.prompt_logprobs is not None and sample == 0:
                         row.unscored = unpack_tokens(message.prompt).tolist()[1:]
                     self._rows[message.request_id + sample] = row
+                    self._begun.append((message.request_id + sample, time.perf_counter()))
             case Abort(request_ids=request_ids):
                 for request_id in request_ids:
                     self._rows.pop(request_id, None)
@@ -184,6 +186,7 @@ class FakeEngine:
             os._exit(7)
         prompt_scores = self._score_prompts()
         request_ids, token_ids, finish = [i for i, row in self._rows.items() if not row.unscored], [], []
+        begun, self._begun = self._begun, []
         scored: list[tuple[int, int]] = []
         for request_id in request_ids:
             token, reason = self._next_token(self._rows[request_id])
@@ -201,6 +204,8 @@ class FakeEngine:
                 finish=bytes(finish),
                 cached=np.full(len(request_ids), 3, "<i4").tobytes(),
                 stats=self._stats(),
+                begun=np.array([i for i, _ in begun], "<i8").tobytes(),
+                begun_s=np.array([at_s for _, at_s in begun], "<f8").tobytes(),
                 scores=scores_of([i for i, _ in scored], [token for _, token in scored], MAX_LOGPROBS),
                 prompt_scores=prompt_scores,
             )

@@ -18,6 +18,7 @@ from toka.server.schemas import ErrorDetail, ErrorReply
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "internal_server_error",

@@ -137,6 +137,15 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
+class BatchRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/batches."""
+
+    input_file_id: str
+    endpoint: Annotated[str, Meta(description="Path that every line asks, say /v1/chat/completions.")]
+    completion_window: Annotated[str, Meta(description="Time for all lines: 24h, or another with s, m, h or d.")]
+    metadata: Annotated[dict[str, str], Meta(description="Labels; change nothing.")] | UnsetType = UNSET
+
+
 class AbortRequest(msgspec.Struct, kw_only=True):
     """POST /v1/abort."""
 
@@ -199,6 +208,7 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     TokenizeRequest: {"continue_final_message": (False,), "chat_template": (), "tools": ([],)},
     DetokenizeRequest: {},
     AbortRequest: {},
+    BatchRequest: {"output_expires_after": ()},
 }
 
 # -------------------------------------------------------------------------------------------------------------- replies

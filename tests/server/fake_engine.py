@@ -33,6 +33,12 @@ from toka.messages import (
 from toka.params import MAX_LOGPROBS
 
 MAX_REQUEST_TOKENS = 2000
+REPORT: dict[str, object] = {
+    "phases_s": {"load": 0.5, "compile": 1.5},
+    "memory": {"weights": 3 * 2**20, "activations": 2**20, "kv_cache": 12 * 2**20, "headroom": 0},
+    "kernels": {"paged_attention": "cpp: the only one for this machine"},
+    "buckets": [{"num_tokens": 1, "num_samples": 1, "run_us": 1234.5, "capture_mib": 0.0}],
+}
 VOCAB_SIZE = 258
 
 
@@ -146,7 +152,7 @@ class FakeEngine:
             device="cpu",
             longest_step_s=0.01,
             startup_s={"load": 0.5, "compile": 1.5},
-            report={},
+            report=REPORT,
         )
 
     def _take(self, message: ToEngine) -> None:

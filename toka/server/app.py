@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from toka.server import abort, batches, chat_completions, completions, files, health, models, tokenization
+from toka.server import abort, batches, chat_completions, completions, files, health, models, page, tokenization
 from toka.server.batch_runner import BatchRunner
 from toka.server.error_replies import add_error_handlers
 from toka.server.guard import Guard
@@ -18,7 +18,7 @@ from toka.server.openapi import add_openapi
 from toka.server.serving import VERSION, Serving
 from toka.server.store import Store
 
-_FAMILIES = (completions, chat_completions, abort, files, batches, models, tokenization, health)
+_FAMILIES = (completions, chat_completions, abort, files, batches, models, tokenization, health, page)
 # Those of these that the application has may be asked in batches.
 _BATCH_ENDPOINTS = (
     "/v1/chat/completions",

@@ -22,7 +22,7 @@ logger = logging.getLogger("toka.requests")
 
 OPEN_PATHS = ("/", "/health", "/ready")  # load balancers and kubelets have no key; the page asks for it
 _WITHOUT_LIMIT = ("/health", "/ready")  # a full server is healthy
-_METRICS_PATHS = ("/metrics", "/status")
+_METRICS_PATHS = ("/metrics", "/status", "/status/report")
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 

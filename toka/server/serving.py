@@ -35,7 +35,7 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_CHARS = 1024
 MAX_SESSION_ID_CHARS = 256
 MAX_DEADLINE_S = 86400.0
-_INLINE_CHARS = 4096  # a longer text is tokenized in a thread, so that the streams of others do not wait
+_INLINE_CHARS = 4096  # a longer text is tokenized in a thread, so that the streams of others do not wait; tokens likewise
 
 
 @dataclass
@@ -104,6 +104,12 @@ class Serving:
             return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
 
         return work() if sum(map(len, texts)) <= _INLINE_CHARS else await asyncio.to_thread(work)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        if len(token_ids) <= _INLINE_CHARS:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+        return await asyncio.to_thread(self.tokenizer.decode, token_ids, skip_special_tokens=False)
 
     def check_token_ids(self, token_ids: Sequence[int], param: str, vocab_size: int) -> None:
         """Raise RequestError naming param unless all ids are those of the vocabulary."""

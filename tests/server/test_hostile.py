@@ -205,12 +205,10 @@ def test_a_half_sent_body_is_not_waited_for_for_ever(attacked: RunningServer) ->
     connections = []
     for path in (COMPLETIONS, "/tokenize", "/v1/files", "/v1/batches"):
         connection = socket.create_connection(("127.0.0.1", attacked.port), timeout=TIMEOUT_S)
-        kind = b"multipart/form-data; boundary=b" if path == "/v1/files" else b"application/json"
-        head = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-type: %b\r\ncontent-length: 900\r\n\r\n{" % (
-            path.encode(),
-            kind,
-        )
-        connection.sendall(head)
+        form = path == "/v1/files"
+        kind, begun = (b"multipart/form-data; boundary=b", b"--b\r\n") if form else (b"application/json", b"{")
+        head = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-type: %b\r\ncontent-length: 900\r\n\r\n" % (path.encode(), kind)
+        connection.sendall(head + begun)
         connections.append(connection)
     for connection in connections:
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")

@@ -306,6 +306,7 @@ def _logged(caplog: pytest.LogCaptureFixture, server: RunningServer, count: int)
 def test_a_line_for_each_request_tells_its_tokens_and_times(start_server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "toka")
     server = start_server(Behaviour(), log_requests=True)
+    assert server.get("/metrics").status_code == 200  # not told: dashboards ask every few seconds
     secret = {"prompt": "the secret", "max_tokens": 3, "n": 2}
     server.post(COMPLETIONS, secret, headers={"x-request-id": "mine"})
     server.post(COMPLETIONS, {"prompt": "the secret", "max_tokens": -1})

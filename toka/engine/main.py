@@ -41,7 +41,7 @@ def run(config: Config, source: ModelSource, address_in: str, address_out: str) 
             outbox.send(encode(message))
 
         try:
-            engine, ready = build_engine(config, source)
+            engine, ready = build_engine(config, source, quiet=config.log_format == "json")
             send(ready)
             _keep_what_is_there()
             _serve(engine, inbox, send)

@@ -22,6 +22,7 @@ logger = logging.getLogger("toka.requests")
 
 OPEN_PATHS = ("/", "/health", "/ready")  # load balancers and kubelets have no key; the page asks for it
 _WITHOUT_LIMIT = ("/health", "/ready")  # a full server is healthy
+_POLLED_PATHS = ("/health", "/ready", "/metrics", "/status")  # a line for each would bury the others
 _METRICS_PATHS = ("/metrics", "/status", "/status/report")
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
@@ -73,7 +74,7 @@ class Guard:
         finally:
             self._num_open -= 1
             self._metrics.count_http_request(_handler(scope), scope["method"], status)
-            if self._log_requests:
+            if self._log_requests and not (scope["path"] in _POLLED_PATHS and status == 200):
                 _log_request(scope, context, status, time.perf_counter() - start)
 
     def _let_in(self, path: str, authorization: str) -> Caller:

@@ -196,7 +196,9 @@ class _ServerRun:
         where = f"[{host}]" if ":" in host else host
         names = " and ".join(self._serving.model_names)
         scheme = "http" if self._config.tls_cert is None else "https"
-        logger.info("Ready: %s at %s://%s:%d/v1", names, scheme, where, port)
+        ready = self._engine.ready
+        fields = {} if ready is None else {"startup_s": ready.startup_s, "num_kv_blocks": ready.num_kv_blocks}
+        logger.info("Ready: %s at %s://%s:%d/v1", names, scheme, where, port, extra={"fields": fields})
 
     async def _report_stats(self) -> None:
         """Every stats_report_seconds in which something happened, one line."""

@@ -35,7 +35,9 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_CHARS = 1024
 MAX_SESSION_ID_CHARS = 256
 MAX_DEADLINE_S = 86400.0
-_INLINE_CHARS = 4096  # a longer text is tokenized in a thread, so that the streams of others do not wait; tokens likewise
+_INLINE_CHARS = (
+    4096  # a longer text is tokenized in a thread, so that the streams of others do not wait; tokens likewise
+)
 
 
 @dataclass

@@ -125,3 +125,15 @@ def test_the_server_answers_soon_after_its_start(start_process: StartProcess) ->
     began = time.monotonic()
     start_process({"warm_s": 30}).until_status("/version", 200)
     assert time.monotonic() - began < 10  # about one second on an idle machine; tests run on busy ones
+
+
+@pytest.mark.parametrize("flag", ["data_dir", "api_key_file", "tls_cert"])
+def test_a_path_that_cannot_be_used_is_one_line_and_status_2(
+    start_process: StartProcess, tmp_path: Path, flag: str
+) -> None:
+    (tmp_path / "empty").touch()
+    more = {"tls_key": str(tmp_path / "empty")} if flag == "tls_cert" else {}
+    served = start_process({}, **{flag: str(tmp_path / "empty"), **more})
+    assert served.ends() == 2
+    [line] = [line for line in served.log.splitlines() if line.strip()]
+    assert line.startswith(f"toka: error: {flag}=")

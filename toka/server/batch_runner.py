@@ -24,6 +24,7 @@ logger = logging.getLogger("toka.server")
 
 LEAST_PRIORITY = 1_000_000  # behind all whom people wait for
 MAX_ERRORS_TOLD = 100
+_MAX_OPEN_FILES = 64  # batches that run at once; the others wait
 _MAX_CUSTOM_ID_CHARS = 512
 _RETRY_S = 1.0  # after a refusal for want of room that does not say when to come back
 
@@ -72,6 +73,7 @@ class BatchRunner:
     def __init__(self, store: Store, app: ASGIApp, serving: Serving, endpoints: tuple[str, ...]):
         self.store, self.app, self.serving, self.endpoints = store, app, serving, endpoints
         self.room = asyncio.Semaphore(serving.config.batch_concurrency)
+        self.open_files = asyncio.Semaphore(_MAX_OPEN_FILES)
         self._runs: dict[str, tuple[_Run, asyncio.Task[None]]] = {}
 
     async def start(self) -> None:
@@ -179,12 +181,12 @@ class _Run:
 
     async def _answer_lines(self, path: Path) -> None:
         await self._runner.serving.engine.became_ready.wait()
-        finished = await self._store.run(self._store.finished_lines, self._batch)
-        counts = self._batch.request_counts
-        counts.failed = sum(finished.values())
-        counts.completed = len(finished) - counts.failed
         room = self._runner.room
-        async with asyncio.TaskGroup() as group:
+        async with self._runner.open_files, asyncio.TaskGroup() as group:
+            finished = await self._store.run(self._store.finished_lines, self._batch)
+            counts = self._batch.request_counts
+            counts.failed = sum(finished.values())
+            counts.completed = len(finished) - counts.failed
             for number, line in _lines(path):
                 if number in finished:
                     continue

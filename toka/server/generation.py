@@ -195,6 +195,8 @@ class Generation:
 
     def emit(self, event: TokenEvent, now: float) -> None:
         """Called by a sample for each of its tokens."""
+        if self._error is not None:
+            return
         if event.finish_reason is not None:
             sample = self.samples[event.choice]
             self.metrics.observe_sample(event.finish_reason, sample.times, sample.num_tokens)

@@ -54,13 +54,20 @@ def serve(config: Config, process: EngineProcess) -> int:
         check_certificate(config)
         listener = stack.enter_context(listen(config))
         address_in, address_out = f"ipc://{directory}/in", f"ipc://{directory}/out"
-        source = locate(config.model, config.tokenizer, config.cache_path(), offline=hub_offline())
+        in_silence = _draw_nothing if config.log_format == "json" else None
+        source = locate(
+            config.model, config.tokenizer, config.cache_path(), offline=hub_offline(), on_progress=in_silence
+        )
         process.begin(source, address_in, address_out, directory)
         tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
         model_id = config.served_model_name or source.name
         server = _ServerRun(config, model_id, tokenizer, process, address_in, address_out)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(server.run(listener))
+
+
+def _draw_nothing(_what: str, _done: int, _total: int) -> None:
+    """Progress of a download, where the log is for machines."""
 
 
 @contextlib.contextmanager

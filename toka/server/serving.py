@@ -35,9 +35,7 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_CHARS = 1024
 MAX_SESSION_ID_CHARS = 256
 MAX_DEADLINE_S = 86400.0
-_INLINE_CHARS = (
-    4096  # a longer text is tokenized in a thread, so that the streams of others do not wait; tokens likewise
-)
+_INLINE = 4096  # characters to tokenize or tokens to decode; more is done in a thread, so that the streams of others do not wait
 
 
 @dataclass
@@ -105,11 +103,11 @@ class Serving:
         def work() -> list[list[int]]:
             return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
 
-        return work() if sum(map(len, texts)) <= _INLINE_CHARS else await asyncio.to_thread(work)
+        return work() if sum(map(len, texts)) <= _INLINE else await asyncio.to_thread(work)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        if len(token_ids) <= _INLINE_CHARS:
+        if len(token_ids) <= _INLINE:
             return self.tokenizer.decode(token_ids, skip_special_tokens=False)
         return await asyncio.to_thread(self.tokenizer.decode, token_ids, skip_special_tokens=False)
 
@@ -160,9 +158,10 @@ class Serving:
         for prompt in prompts:
             if not prompt:
                 raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
+            self._check_length(len(prompt), prompt_param)
             self.check_token_ids(prompt, prompt_param, ready.vocab_size)
         self.check_token_ids(sampling.stop_token_ids, "stop_token_ids", ready.vocab_size)
-        per_prompt = [self._fit(sampling, len(prompt), ready.max_request_tokens, prompt_param) for prompt in prompts]
+        per_prompt = [_fit(sampling, len(prompt), ready.max_request_tokens, prompt_param) for prompt in prompts]
         self._check_room(len(prompts) * sampling.n, "n" if sampling.n > 1 else prompt_param)
         self._check_queue(sum(map(len, prompts)), prompt_param)
         stop_token_ids = self._stop_token_ids(sampling)
@@ -238,32 +237,14 @@ class Serving:
             raise RequestError(f"stop_token_ids can hold at most {room} ids with this model.", "stop_token_ids")
         return together
 
-    def _fit(self, sampling: SamplingParams, num_prompt_tokens: int, limit: int, prompt_param: str) -> SamplingParams:
-        """sampling with max_tokens set; RequestError if prompt and output cannot fit into one request."""
-        longest = self.config.max_prompt_tokens
-        if longest is not None and num_prompt_tokens > longest:
+    def _check_length(self, num_prompt_tokens: int, param: str) -> None:
+        limit = self.config.max_prompt_tokens
+        if limit is not None and num_prompt_tokens > limit:
             raise RequestError(
-                f"{prompt_param} has {num_prompt_tokens} tokens; this server takes {longest} at most.",
-                prompt_param,
+                f"{param} has {num_prompt_tokens} tokens; this server takes {limit} at most.",
+                param,
                 code="context_length_exceeded",
             )
-        room = limit - num_prompt_tokens
-        if room < 1:
-            raise RequestError(
-                f"{prompt_param} has {num_prompt_tokens} tokens; one request can hold {limit}, output included.",
-                prompt_param,
-                code="context_length_exceeded",
-            )
-        if (sampling.max_tokens or 1) > room:
-            raise RequestError(
-                f"{prompt_param} has {num_prompt_tokens} tokens and max_tokens is {sampling.max_tokens}: together more than the "
-                f"{limit} tokens that one request can hold.",
-                "max_tokens",
-                code="context_length_exceeded",
-            )
-        return msgspec.structs.replace(
-            sampling, max_tokens=room if sampling.max_tokens is None else sampling.max_tokens
-        )
 
     def _check_room(self, num_samples: int, param: str) -> None:
         limit = self.config.max_queued_requests
@@ -304,6 +285,25 @@ def usage_of(generation: Generation) -> Usage:
     first_samples = generation.samples[:: generation.samples_per_prompt]
     cached = sum(sample.num_cached_tokens for sample in first_samples)
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached))
+
+
+def _fit(sampling: SamplingParams, num_prompt_tokens: int, limit: int, prompt_param: str) -> SamplingParams:
+    """sampling with max_tokens set; RequestError if prompt and output cannot fit into one request."""
+    room = limit - num_prompt_tokens
+    if room < 1:
+        raise RequestError(
+            f"{prompt_param} has {num_prompt_tokens} tokens; one request can hold {limit}, output included.",
+            prompt_param,
+            code="context_length_exceeded",
+        )
+    if (sampling.max_tokens or 1) > room:
+        raise RequestError(
+            f"{prompt_param} has {num_prompt_tokens} tokens and max_tokens is {sampling.max_tokens}: together more than the "
+            f"{limit} tokens that one request can hold.",
+            "max_tokens",
+            code="context_length_exceeded",
+        )
+    return msgspec.structs.replace(sampling, max_tokens=room if sampling.max_tokens is None else sampling.max_tokens)
 
 
 def _session_id(fields: GenerationFields) -> str:

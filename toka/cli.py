@@ -192,6 +192,7 @@ def _show(flags: Any) -> None:
     if isinstance(flags, Config):
         flags.check()
     fields = dataclasses.asdict(flags)
-    if fields.get("api_key"):
-        fields["api_key"] = "(hidden)"
+    for name in ("api_key", "admin_key"):
+        if fields.get(name):
+            fields[name] = "(hidden)"
     print(yaml.safe_dump(fields, sort_keys=False), end="")

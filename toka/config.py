@@ -1,6 +1,6 @@
 """Everything that can be set, frozen (floor 0). `Config` is what the user says, `ResolvedConfig` what will be done.
 
-This file alone reads os.environ. Environment variables: TOKA_CACHE moves the cache directory, TOKA_API_KEY sets the API key,
+This file alone reads os.environ. Environment variables: TOKA_CACHE moves the cache directory, TOKA_API_KEY and TOKA_ADMIN_KEY set keys,
 CXX names the C++ compiler, HF_HUB_OFFLINE=1 forbids the hub; OMP_NUM_THREADS, OMP_WAIT_POLICY and GOMP_SPINCOUNT win over our choice.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,15 +137,47 @@ class Config:
     host: str = flag("127.0.0.1", "address to listen on")
     port: int = flag(DEFAULT_PORT, "TCP port to listen on")
     api_key: str | None = flag(
-        None, "key that every route but /health and /ready asks for; None: $TOKA_API_KEY, if set"
+        None, "key that every route but /, /health and /ready asks for; None: $TOKA_API_KEY, if set"
     )
-    max_queued_requests: int = flag(4096, "requests in the server at most; more get 429", "requests")
+    api_key_file: str | None = flag(
+        None, "file with further keys, one a line; each key sees and aborts only its own requests and files"
+    )
+    admin_key: str | None = flag(
+        None, "key that opens everything, other keys' requests and files too; None: $TOKA_ADMIN_KEY, if set"
+    )
+    admin_metrics: bool = flag(False, "/metrics and /status ask for the admin key")
+    tls_cert: str | None = flag(None, "PEM file with the certificate chain: serve https; needs tls_key")
+    tls_key: str | None = flag(None, "PEM file with the certificate's private key")
+    cors_origins: str = flag("", "origins whose pages may call the API, with commas between them; *: all; empty: none")
+    max_body_bytes: int = flag(32 * 2**20, "size of a request's body at most; more get 413", "bytes")
+    body_timeout_s: float = flag(60.0, "time for a request's body to arrive; later ones get 408", "s")
+    slow_reader_timeout_s: float = flag(60.0, "a stream of which nothing is read for so long is cut off", "s")
+    max_prompt_tokens: int | None = flag(None, "length of a prompt at most; None: what one request can hold", "tokens")
+    max_n: int = flag(128, "samples of one prompt at most", "samples")
+    max_concurrent_requests: int = flag(8192, "HTTP requests answered at once; more get 429", "requests")
+    max_queued_requests: int = flag(4096, "samples in the server at most; more get 429", "requests")
+    max_queued_tokens: int | None = flag(
+        None, "tokens of prompts that wait for their first token at most; more get 429; None: no limit", "tokens"
+    )
+    data_dir: str | None = flag(
+        None, "directory of /v1/files and /v1/batches, kept over restarts; None: neither is there"
+    )
+    max_file_bytes: int = flag(100 * 2**20, "size of an uploaded file at most", "bytes")
+    max_stored_bytes: int | None = flag(None, "size of all files in data_dir at most; None: 10 GiB", "bytes")
+    max_batch_requests: int = flag(50_000, "lines of one batch at most", "requests")
+    batch_concurrency: int = flag(32, "lines of batches under way at once", "requests")
     drain_timeout_s: float = flag(30.0, "after SIGTERM, time for running requests to end", "s")
     stats_report_seconds: float = flag(5.0, "time between two lines of statistics in the log; 0 = never", "s")
     uvicorn_log_level: str = flag(
         "warning", "HTTP server's log level", choices=("critical", "error", "warning", "info", "debug", "trace")
     )
     log_level: str = flag("info", "toka's log level", choices=("error", "warning", "info", "debug"))
+    log_format: str = flag("text", "lines for people, or JSON objects with request ids", choices=("text", "json"))
+    log_requests: bool = flag(False, "a line for every request when it ends: its id, status, times and tokens")
+    log_prompts: bool = flag(False, "with log_requests: the request's body too, prompts included")
+    otlp_endpoint: str | None = flag(
+        None, "URL of an OpenTelemetry collector (OTLP over HTTP) to send a trace of each generation to"
+    )
     # places
     cache_dir: str | None = flag(
         None, "where models, kernels and compiled code are kept; None: $TOKA_CACHE or ~/.cache/toka"
@@ -160,6 +193,8 @@ class Config:
         _positive(
             self, "max_num_tokens_per_request", "dp_size", "pp_size", "tp_size", "max_queued_requests", "cudagraph_step"
         )
+        _positive(self, "max_body_bytes", "max_prompt_tokens", "max_n", "max_concurrent_requests", "max_queued_tokens")
+        _positive(self, "max_file_bytes", "max_stored_bytes", "max_batch_requests", "batch_concurrency")
         _positive(
             self, "cudagraph_max_size", "hydragen_min_group_size", "hydragen_min_prefix_len", "async_tp_threshold"
         )
@@ -180,6 +215,10 @@ class Config:
         for name in ("drain_timeout_s", "stats_report_seconds"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more seconds")
+        for name in ("body_timeout_s", "slow_reader_timeout_s"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(f"{name}={getattr(self, name)}: must be more than 0 seconds")
+        self._check_server()
         if self.trust_remote_code:
             raise ConfigError(
                 "trust_remote_code=T: toka never runs code that comes with a checkpoint; leave the flag out"
@@ -190,6 +229,19 @@ class Config:
                 "stop_string_num_token_lookback has no effect: stop strings are found across any number of tokens"
             )
         return self
+
+    def _check_server(self) -> None:
+        """The flags that only make sense together."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "tls_key" if self.tls_key is None else "tls_cert"
+            raise ConfigError(f"{missing} is missing: https needs a certificate (tls_cert) and its key (tls_key)")
+        if self.log_prompts and not self.log_requests:
+            raise ConfigError("log_prompts=T: has an effect only with log_requests=T")
+        if self.admin_metrics and self.effective_admin_key() is None:
+            raise ConfigError("admin_metrics=T: set admin_key too, or nobody can read the metrics")
+        for origin in self.allowed_origins():
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ConfigError(f"cors_origins: {origin[:80]!r} is not of the form https://host[:port]")
 
     def _refuse_what_is_not_built(self) -> None:
         for name in ("dp_size", "pp_size", "tp_size"):
@@ -206,8 +258,16 @@ class Config:
         return Path(chosen).expanduser().absolute()
 
     def effective_api_key(self) -> str | None:
-        """The key clients must show, or None."""
+        """The key clients may show besides those of api_key_file, or None."""
         return self.api_key or os.environ.get("TOKA_API_KEY") or None
+
+    def effective_admin_key(self) -> str | None:
+        """The key that opens everything, or None."""
+        return self.admin_key or os.environ.get("TOKA_ADMIN_KEY") or None
+
+    def allowed_origins(self) -> list[str]:
+        """The entries of cors_origins."""
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)

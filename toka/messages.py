@@ -144,6 +144,8 @@ class StepOutputs(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     request_ids: int64 bytes. token_ids: int32 bytes, -1 = no token (ended by ERROR, EXPIRED or by a limit hit before a token).
     finish: uint8 bytes of FinishReason. cached: int32 bytes, prompt tokens taken from the prefix cache, valid on a request's
     first entry. stats: the engine's gauges after the step.
+    begun: int64 bytes, requests of which the engine planned the first step since the last message, and begun_s: float64 bytes, when
+    (time.perf_counter()).
     scores: of those of these tokens whose requests asked for logprobs. prompt_scores: of tokens of prompts, each after its predecessor
     and never twice; all of a prompt (but its first token, which nothing predicts) have come by its request's first entry.
     """
@@ -153,6 +155,8 @@ class StepOutputs(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     finish: bytes
     cached: bytes
     stats: EngineStats
+    begun: bytes = b""
+    begun_s: bytes = b""
     scores: TokenScores | None = None
     prompt_scores: TokenScores | None = None
 

@@ -60,10 +60,14 @@ def submit(request_id: int, **fields: Any) -> Submit:
     return Submit(request_id=request_id, prompt=prompt, sampling=sampling, stop_token_ids=(), seed=0, **fields)
 
 
+def new_engine() -> EngineCore:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=8, max_request_tokens=64))
+    return EngineCore(scheduler, AlwaysFive(), cast("Any", SimpleNamespace(compiles_after_freeze=0)))
+
+
 def answers(messages: list[ToEngine], is_enough: Callable[[list[FromEngine]], bool]) -> list[FromEngine]:
     """What a running engine answers to these messages until that is enough."""
-    scheduler = Scheduler(SchedulerConfig(num_blocks=8, max_request_tokens=64))
-    engine = EngineCore(scheduler, AlwaysFive(), cast("Any", SimpleNamespace(compiles_after_freeze=0)))
+    engine = new_engine()
     with zmq.Context() as context, context.socket(zmq.PAIR) as ours, context.socket(zmq.PAIR) as its:
         ours.bind("inproc://engine")
         its.connect("inproc://engine")
@@ -103,3 +107,28 @@ def test_a_deadline_that_passed_before_the_request_came_to_the_engine_ends_it() 
 def test_a_wrong_deadline_is_rejected_by_name(deadline_s: float) -> None:
     [rejected] = answers([submit(1, deadline_s=deadline_s)], bool)
     assert isinstance(rejected, Rejected) and rejected.param == "deadline_s" and rejected.status == 400
+
+
+def test_each_request_is_said_once_to_have_begun_and_when() -> None:
+    start = time.perf_counter()
+    received = answers([submit(1), submit(2)], lambda received: len(ends(received)) == 2)
+    steps = [step for step in received if isinstance(step, StepOutputs)]
+    begun = [i for step in steps for i in np.frombuffer(step.begun, "<i8").tolist()]
+    times = [at_s for step in steps for at_s in np.frombuffer(step.begun_s, "<f8").tolist()]
+    assert sorted(begun) == [1, 2]
+    assert len(times) == 2
+    assert all(start <= at_s <= time.perf_counter() for at_s in times)
+
+
+def test_the_blocks_of_an_aborted_request_are_free_within_two_steps() -> None:
+    engine = new_engine()
+    sampling = SamplingParams(max_tokens=60)
+    engine.submit(Submit(request_id=1, prompt=pack_tokens([1, 2]), sampling=sampling, stop_token_ids=(), seed=0))
+    for _ in range(20):
+        assert engine.step()
+    assert engine.stats().num_free_blocks < 8
+    engine.abort([1])
+    for _ in range(2):
+        engine.step()
+    assert engine.stats().num_free_blocks == 8
+    assert not engine.has_work

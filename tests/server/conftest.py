@@ -3,14 +3,16 @@
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # fake_engine, running_server and byte_tokenizer lie beside the tests
+sys.path.insert(0, str(Path(__file__).parent))  # fake_engine, running_server and others lie beside the tests
 
 from byte_tokenizer import save_byte_tokenizer
 from fake_engine import Behaviour
 from running_server import RunningServer
+from served_process import Served
 
 from toka.config import Config
 from toka.text.tokenizer import Tokenizer
@@ -47,3 +49,28 @@ def start_server(tokenizer: Tokenizer) -> Iterator[StartServer]:
     yield start
     for one in running:
         one.__exit__(None, None, None)
+
+
+@pytest.fixture
+def model_dir(tokenizer_dir: Path) -> Path:
+    """A directory that passes for a model: configuration, tokenizer, and a safetensors file nobody reads."""
+    (tokenizer_dir / "config.json").write_text('{"eos_token_id": 257}')
+    (tokenizer_dir / "model.safetensors").write_bytes(b"")
+    return tokenizer_dir
+
+
+@pytest.fixture
+def start_process(model_dir: Path) -> Iterator[Callable[..., Served]]:
+    """Starts servers as processes; all are killed after the test."""
+    started: list[Served] = []
+
+    def begin(behaviour: dict[str, Any] | None = None, **flags: Any) -> Served:
+        started.append(Served(model_dir, behaviour or {}, flags))
+        return started[-1]
+
+    yield begin
+    for served in started:
+        if served.process.poll() is None:
+            served.process.kill()
+        served.process.wait()
+        served.process.stderr.close()

@@ -33,6 +33,12 @@ from toka.messages import (
 from toka.params import MAX_LOGPROBS
 
 MAX_REQUEST_TOKENS = 2000
+REPORT: dict[str, object] = {
+    "phases_s": {"load": 0.5, "compile": 1.5},
+    "memory": {"weights": 3 * 2**20, "activations": 2**20, "kv_cache": 12 * 2**20, "headroom": 0},
+    "kernels": {"paged_attention": "cpp: the only one for this machine"},
+    "buckets": [{"num_tokens": 1, "num_samples": 1, "run_us": 1234.5, "capture_mib": 0.0}],
+}
 VOCAB_SIZE = 258
 
 
@@ -102,6 +108,7 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self._rows: dict[int, _Row] = {}
+        self._begun: list[tuple[int, float]] = []
         self._num_steps = 0
         self._num_tokens = 0
 
@@ -145,7 +152,7 @@ class FakeEngine:
             device="cpu",
             longest_step_s=0.01,
             startup_s={"load": 0.5, "compile": 1.5},
-            report={},
+            report=REPORT,
         )
 
     def _take(self, message: ToEngine) -> None:
@@ -159,6 +166,7 @@ class FakeEngine:
                     if message.sampling.prompt_logprobs is not None and sample == 0:
                         row.unscored = unpack_tokens(message.prompt).tolist()[1:]
                     self._rows[message.request_id + sample] = row
+                    self._begun.append((message.request_id + sample, time.perf_counter()))
             case Abort(request_ids=request_ids):
                 for request_id in request_ids:
                     self._rows.pop(request_id, None)
@@ -184,6 +192,7 @@ class FakeEngine:
             os._exit(7)
         prompt_scores = self._score_prompts()
         request_ids, token_ids, finish = [i for i, row in self._rows.items() if not row.unscored], [], []
+        begun, self._begun = self._begun, []
         scored: list[tuple[int, int]] = []
         for request_id in request_ids:
             token, reason = self._next_token(self._rows[request_id])
@@ -201,6 +210,8 @@ class FakeEngine:
                 finish=bytes(finish),
                 cached=np.full(len(request_ids), 3, "<i4").tobytes(),
                 stats=self._stats(),
+                begun=np.array([i for i, _ in begun], "<i8").tobytes(),
+                begun_s=np.array([at_s for _, at_s in begun], "<f8").tobytes(),
                 scores=scores_of([i for i, _ in scored], [token for _, token in scored], MAX_LOGPROBS),
                 prompt_scores=prompt_scores,
             )

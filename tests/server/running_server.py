@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -21,6 +21,7 @@ from fake_engine import Behaviour, FakeEngine
 from toka.config import Config
 from toka.server.app import create_app
 from toka.server.engine_client import EngineClient
+from toka.server.listener import listen
 from toka.server.serving import Serving
 from toka.text.tokenizer import Tokenizer
 
@@ -40,7 +41,7 @@ class RunningServer:
         self._directory = tempfile.mkdtemp(prefix="toka-test-")
         self._stop_engine = threading.Event()
         self._started = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = listen(dataclasses.replace(config, port=0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -61,7 +62,16 @@ class RunningServer:
         self.loop = asyncio.get_running_loop()
         self.serving = Serving(self._config, "tiny-bytes", self._tokenizer, client)
         app = create_app(self.serving)
-        self._uvicorn = _Uvicorn(uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1))
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_config=None,
+                timeout_graceful_shutdown=1,
+                ssl_certfile=self._config.tls_cert,
+                ssl_keyfile=self._config.tls_key,
+            )
+        )
         self._started.set()
         await self._uvicorn.serve(sockets=[self._listener])
         await client.close()

@@ -7,6 +7,7 @@ commit N ◄── wait  ◄─┘            outputs go up. Nothing else happen
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import msgspec
 
@@ -43,11 +44,16 @@ class EngineCore:
 
     def step(self) -> TokenOutputs | None:
         """Launch what can be planned, wait for the oldest step and return its tokens; None if there was nothing to wait for."""
+        begun: list[tuple[int, float]] = []
         while (plan := self.scheduler.next_plan()) is not None:
+            if self.scheduler.begun:
+                now = time.perf_counter()
+                begun += [(request_id, now) for request_id in self.scheduler.begun]
             self.executor.launch(plan)
         if not self.executor.num_in_flight:
             return None
-        return self.scheduler.commit(self.executor.wait())
+        outputs = self.scheduler.commit(self.executor.wait())
+        return dataclasses.replace(outputs, begun=tuple(begun)) if begun else outputs
 
     def stats(self) -> EngineStats:
         return msgspec.structs.replace(

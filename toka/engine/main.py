@@ -31,7 +31,7 @@ def run(config: Config, source: ModelSource, address_in: str, address_out: str) 
     Exits with 0, 1 (a failure) or 2 (the configuration is wrong).
     address_in: ZeroMQ address to read ToEngine messages from; address_out: to write FromEngine messages to. The API process binds both.
     """
-    set_up_logging(config.log_level)
+    set_up_logging(config.log_level, log_format=config.log_format)
     with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
         outbox.linger = 2000  # ms for the last words to leave
         inbox.connect(address_in)
@@ -41,7 +41,7 @@ def run(config: Config, source: ModelSource, address_in: str, address_out: str) 
             outbox.send(encode(message))
 
         try:
-            engine, ready = build_engine(config, source)
+            engine, ready = build_engine(config, source, quiet=config.log_format == "json")
             send(ready)
             _keep_what_is_there()
             _serve(engine, inbox, send)

@@ -44,6 +44,7 @@ class TokenOutputs:
     """The tokens of one committed step, one entry each, as StepOutputs packs them; see there.
 
     request_ids int64, token_ids int32, finish uint8 (FinishReason), cached int32; all [D], to be read only.
+    begun: (request id, time.perf_counter()) of requests of which the first step was planned meanwhile.
     """
 
     request_ids: I64
@@ -52,13 +53,14 @@ class TokenOutputs:
     cached: I32
     scores: ScoredTokens | None = None
     prompt_scores: ScoredTokens | None = None
+    begun: tuple[tuple[int, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.request_ids)
 
     def __bool__(self) -> bool:
         """Whether there is anything to tell."""
-        return len(self) > 0 or self.prompt_scores is not None
+        return len(self) > 0 or self.prompt_scores is not None or bool(self.begun)
 
     def pack(self, stats: EngineStats) -> StepOutputs:
         """As the message to the API process."""
@@ -68,6 +70,8 @@ class TokenOutputs:
             finish=self.finish.tobytes(),
             cached=self.cached.tobytes(),
             stats=stats,
+            begun=np.array([request_id for request_id, _ in self.begun], dtype="<i8").tobytes(),
+            begun_s=np.array([at_s for _, at_s in self.begun], dtype="<f8").tobytes(),
             scores=None if self.scores is None else self.scores.pack(),
             prompt_scores=None if self.prompt_scores is None else self.prompt_scores.pack(),
         )

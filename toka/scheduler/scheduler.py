@@ -111,6 +111,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_preemptions_by_priority = 0
         self._num_recomputed_tokens = 0
+        self._begun: list[int] = []
 
     # ---------------------------------------------------------------------------------------------------- submit, abort
 
@@ -156,6 +157,7 @@ class Scheduler:
         commit or submit."""
         if len(self._in_flight) >= self.config.steps_in_flight:
             return None
+        self._begun = []
         self._make_way()
         changes: list[BlockTableChanges] = []
         decodes, seq_lens, filled = self._plan_decodes(changes)
@@ -173,6 +175,11 @@ class Scheduler:
         self._in_flight.append(in_flight)
         self._end_or_decode(decodes, seq_lens, chunks)
         return plan
+
+    @property
+    def begun(self) -> list[int]:
+        """Ids of the requests whose first step is the newest plan."""
+        return self._begun
 
     def _plan_decodes(self, changes: list[BlockTableChanges]) -> _DecodeStep:
         """One token for every row that decodes, each with a block to go to; where blocks run out, preempt."""
@@ -437,6 +444,7 @@ class Scheduler:
     def _fill_row(self, row: int, request: Request, tokens: I32, blocks: I32, num_shared: int) -> None:
         table, num_computed = self._table, num_shared * self.config.block_size
         if not request.has_begun:
+            self._begun.append(request.request_id)
             request.comes_back |= self._index.hold_output(blocks[:num_shared])
             request.num_cached_tokens = num_computed
             self._num_prompt_tokens += request.num_prompt_tokens

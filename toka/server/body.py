@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any, TypeVar
 
@@ -9,9 +10,9 @@ import msgspec
 from starlette.requests import Request
 
 from toka.errors import RequestError
+from toka.server.request_context import current
 from toka.server.schemas import NEUTRAL_VALUES
-
-MAX_BODY_BYTES = 32 * 2**20
+from toka.server.serving import serving_of
 
 Schema = TypeVar("Schema", bound=msgspec.Struct)
 
@@ -19,18 +20,35 @@ _PATH = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
 
 
 async def read_body(request: Request, schema: type[Schema]) -> Schema:
-    """The request's JSON body as a schema."""
-    return parse_body(await _read_bounded(request), schema)
+    """The request's JSON body as a schema. RequestError: see `parse_body`; 413 if it is too large, 408 if it does not arrive in time."""
+    config = serving_of(request).config
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            data = await _read_bounded(request, config.max_body_bytes)
+    except TimeoutError:
+        raise body_timeout(config.body_timeout_s) from None
+    context = current.get()
+    if context.keep_body:
+        context.body = data
+    return parse_body(data, schema)
 
 
-async def _read_bounded(request: Request) -> bytes:
+def body_timeout(seconds: float) -> RequestError:
+    """What to raise when a body has not arrived within so many seconds."""
+    return RequestError(f"The request body did not arrive within {seconds:g} s.", status=408, code="body_timeout")
+
+
+def body_too_large(max_bytes: int) -> RequestError:
+    """What to raise for a body of more bytes than that."""
+    return RequestError(f"The request body is larger than {max_bytes} bytes.", status=413, code="request_too_large")
+
+
+async def _read_bounded(request: Request, max_bytes: int) -> bytes:
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise RequestError(
-                f"The request body is larger than {MAX_BODY_BYTES} bytes.", status=413, code="request_too_large"
-            )
+        if size > max_bytes:
+            raise body_too_large(max_bytes)
         chunks.append(chunk)
     return b"".join(chunks)
 

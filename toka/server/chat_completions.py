@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from toka.server.body import read_body
 from toka.server.generation import Generation, TokenEvent
 from toka.server.logprobs import chat_logprobs, prompt_logprobs
 from toka.server.openapi import describe
+from toka.server.request_context import current
 from toka.server.schemas import (
     AssistantMessage,
     ChatChoice,
@@ -53,7 +53,7 @@ async def create_chat_completion(request: Request) -> Response:
         may_generate_nothing=body.prompt_logprobs is not UNSET,
     )
     head = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "id": f"chatcmpl-{current.get().request_id}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from toka.server.body import read_body
 from toka.server.generation import Generation, Sample, TokenEvent
 from toka.server.logprobs import completion_logprobs, prompt_logprobs, scored_prompt
 from toka.server.openapi import describe
+from toka.server.request_context import current
 from toka.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from toka.server.serving import Serving, num_prompt_logprobs, serving_of, usage_of
 from toka.server.stream import ChunkTemplate, respond
@@ -50,7 +50,7 @@ async def create_completion(request: Request) -> Response:
     )
     replies = _Replies(serving.tokenizer, body, generation, prompts, texts)
     head: dict[str, Any] = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
+        "id": f"cmpl-{current.get().request_id}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,

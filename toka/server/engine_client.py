@@ -48,7 +48,8 @@ class EngineClient:
     """Submits requests to the engine and hands its tokens to their samples.
 
     address_in: what the engine reads from. address_out: what it writes to. ready: its announcement once the warmup is over.
-    stats: its latest gauges. dead: why it is gone, or None. fatal: its last words, if it had any.
+    num_queued_tokens: of prompts whose first token has not come. stats: its latest gauges. dead: why it is gone, or None.
+    fatal: its last words, if it had any.
     """
 
     def __init__(self, address_in: str, address_out: str):
@@ -61,6 +62,8 @@ class EngineClient:
         self._request_ids = itertools.count(1)
         self._nonces = itertools.count(1)
         self._samples: dict[int, tuple[Sample, Generation]] = {}
+        self._queued_tokens: dict[int, int] = {}  # of prompts that wait, by their first sample's request id
+        self.num_queued_tokens = 0
         self._pongs: dict[int, asyncio.Future[None]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -118,6 +121,8 @@ class EngineClient:
             for request_id in request_ids:
                 self._samples[request_id] = (next(samples), generation)
             generation.request_ids += request_ids
+            self._queued_tokens[request_ids[0]] = len(prompt)
+            self.num_queued_tokens += len(prompt)
             self._idle.clear()
             self._send(
                 Submit(
@@ -135,8 +140,9 @@ class EngineClient:
             )
 
     def abort(self, generation: Generation) -> None:
-        """End what is still open of generation; nothing happens if it is over."""
+        """End what is still open of generation, for the reason "abort"; nothing happens if it is over."""
         self._abort_ids([request_id for request_id in generation.request_ids if request_id in self._samples])
+        generation.abort()
 
     def _abort_ids(self, request_ids: list[int]) -> None:
         if request_ids:
@@ -198,8 +204,12 @@ class EngineClient:
     def _forget(self, request_ids: Iterable[int]) -> None:
         for request_id in request_ids:
             self._samples.pop(request_id, None)
+            self._leave_queue(request_id)
         if not self._samples:
             self._idle.set()
+
+    def _leave_queue(self, request_id: int) -> None:
+        self.num_queued_tokens -= self._queued_tokens.pop(request_id, 0)
 
     async def _read(self) -> None:
         while True:
@@ -234,6 +244,11 @@ class EngineClient:
                 if (scored := self._samples.get(request_id)) is not None:
                     scored[0].take_prompt_score(score)
         scores = {} if step.scores is None else dict(step.scores.entries())  # a request has one token a step
+        for request_id, begun_s in zip(
+            np.frombuffer(step.begun, "<i8").tolist(), np.frombuffer(step.begun_s, "<f8").tolist(), strict=True
+        ):
+            if (begun := self._samples.get(request_id)) is not None:
+                begun[0].begun_s = begun_s
         over: list[int] = []
         unwanted: list[int] = []  # what we end, not the engine
         for request_id, token_id, finish, num_cached in zip(
@@ -246,6 +261,8 @@ class EngineClient:
             entry = self._samples.get(request_id)
             if entry is None:  # aborted; the engine had not heard of it yet
                 continue
+            if self._queued_tokens:
+                self._leave_queue(request_id)
             if entry[0].take(token_id, finish, num_cached, now, scores.get(request_id)):
                 (over if finish else unwanted).append(request_id)
         if over:
@@ -257,8 +274,8 @@ class EngineClient:
         if entry is None:
             return
         generation = entry[1]
-        self.abort(generation)
         if message.status in (429, 503):
             generation.fail(CapacityError(message.message, status=message.status))
         else:
             generation.fail(RequestError(message.message, message.param, status=message.status))
+        self.abort(generation)

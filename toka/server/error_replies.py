@@ -18,6 +18,7 @@ from toka.server.schemas import ErrorDetail, ErrorReply
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "internal_server_error",
@@ -41,7 +42,9 @@ def error_detail(error: Exception) -> tuple[int, ErrorDetail, dict[str, str]]:
     if isinstance(error, HTTPException):
         return _reply(error.status_code, str(error.detail), None, None, retry_after_s=None, headers=error.headers)
     if isinstance(error, RequestValidationError):  # only of a path or a query: bodies are parsed in body.py
-        return _reply(400, "The request is not valid.", None, None, retry_after_s=None)
+        fault = error.errors()[0]
+        name = str(fault["loc"][-1])
+        return _reply(400, f"{name}: {fault['msg'][:200]}.", name, None, retry_after_s=None)
     return _reply(500, "An internal error; the server's log has more.", None, None, retry_after_s=None)
 
 

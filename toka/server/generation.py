@@ -8,13 +8,15 @@ a bound, past which the generation fails and its requests are aborted.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
-from toka.errors import CapacityError, TokaError
+from toka.errors import CapacityError, RequestError, TokaError
 from toka.messages import FinishReason, TokenLogprob
-from toka.metrics import Metrics
+from toka.metrics import Metrics, SampleTimes
 from toka.params import SamplingParams
 from toka.text.generated_text import GeneratedText
 from toka.text.held_scores import HeldScores, ScoredToken
@@ -42,7 +44,10 @@ class DeadlineError(TokaError):
 
 
 class Sample:
-    """One choice of a request, from the first token to the last. scores: its tokens that appear, where logprobs are asked for."""
+    """One choice of a request, from the first token to the last. scores: its tokens that appear, where logprobs are asked for.
+
+    begun_s, first_token_s: when the engine planned its first step, and when its first token came (time.perf_counter()); nan before.
+    """
 
     __slots__ = (
         "_generated",
@@ -51,6 +56,8 @@ class Sample:
         "_pieces",
         "_time",
         "_token_bytes",
+        "begun_s",
+        "first_token_s",
         "index",
         "num_cached_tokens",
         "scores",
@@ -60,7 +67,8 @@ class Sample:
         self._generation = generation
         self._generated = GeneratedText(tokenizer.token_bytes, sampling)
         self._pieces: list[str] = []
-        self._time = generation.start_time
+        self._time = generation.start_time  # of the newest token
+        self.begun_s = self.first_token_s = math.nan
         self._token_bytes = tokenizer.token_bytes
         self._held_scores = None if sampling.logprobs is None else HeldScores()
         self.scores: list[ScoredToken] = []
@@ -79,6 +87,12 @@ class Sample:
     def finish_reason(self) -> str | None:
         return self._generated.finish_reason
 
+    @property
+    def times(self) -> SampleTimes:
+        """Its life so far."""
+        last = self._time if self.num_tokens else math.nan
+        return SampleTimes(self._generation.start_time, self.begun_s, self.first_token_s, last)
+
     def take_prompt_score(self, score: TokenLogprob) -> None:
         """The next token of this sample's prompt is known, from its second on."""
         self._generation.prompt_scores[self.index // self._generation.samples_per_prompt].append(score)
@@ -95,13 +109,15 @@ class Sample:
             self._observe_latency(now)
             if self.num_tokens == 0:
                 self.num_cached_tokens = num_cached_tokens
+                self.first_token_s = now
         offset = self._generated.num_decoded_chars
         text = self._generated.take(token_id, finish)
         if finish == FinishReason.ERROR:
             generation.fail(SampleFailedError("The engine could not go on with this request."))
             return True
         if finish == FinishReason.EXPIRED:
-            generation.fail(DeadlineError("The request's deadline_s passed before it could begin: the server is busy."))
+            late = DeadlineError("The request's deadline_s passed before it could begin: the server is busy.")
+            generation.fail(late, "expired")
             return True
         if text:
             self._pieces.append(text)
@@ -130,8 +146,9 @@ class Generation:
     """All samples of one HTTP request: prompt p's sample i has index p * n + i.
 
     num_prompt_tokens: one count per prompt. prompt_scores: for each prompt what is known of its tokens from the second on, if asked for.
-    start_time: time.perf_counter() when the request came. streaming: whether events are wanted one by one; without it they are not
-    kept and `finished` is all there is.
+    start_time: time.perf_counter() when the request came. end_time: when all was over; nan before.
+    streaming: whether events are wanted one by one; without it they are not
+    kept and `finished` is all there is. on_over: called once, when the last sample has ended or all failed.
     """
 
     def __init__(
@@ -143,19 +160,25 @@ class Generation:
         *,
         start_time: float,
         streaming: bool,
+        on_over: Callable[[Generation], None],
     ):
         self.metrics = metrics
         self.start_time = start_time
+        self.end_time = math.nan
         self.num_prompt_tokens = num_prompt_tokens
         self.prompt_scores: list[list[TokenLogprob]] = [[] for _ in sampling]
         self.samples_per_prompt = sampling[0].n
+        self._scores_prompts = sampling[0].prompt_logprobs is not None
         self.request_ids: list[int] = []
         self.samples: list[Sample] = []
         for params in sampling:
             first = len(self.samples)
             self.samples += [Sample(self, first + i, params, tokenizer) for i in range(params.n)]
+        for prompt_length, params in zip(num_prompt_tokens, sampling, strict=True):
+            metrics.observe_request(prompt_length, params.n, params.max_tokens)
+        self._on_over = on_over
         self._streaming = streaming
-        self._num_open = len(self.samples)
+        self._open = set(range(len(self.samples)))  # indices of those that go on
         self._events: deque[TokenEvent] = deque()
         self._error: TokaError | None = None
         self._changed = asyncio.Event()
@@ -163,7 +186,7 @@ class Generation:
 
     @property
     def is_over(self) -> bool:
-        return self._num_open == 0 or self._error is not None
+        return not self._open or self._error is not None
 
     def is_prompt_scored(self, choice: int) -> bool:
         """Whether all of the prompt of this choice is scored."""
@@ -172,25 +195,67 @@ class Generation:
 
     def emit(self, event: TokenEvent, now: float) -> None:
         """Called by a sample for each of its tokens."""
+        if self._error is not None:
+            return
         if event.finish_reason is not None:
-            self.metrics.count_finish(event.finish_reason)
-            self._num_open -= 1
-            if self._num_open == 0:
-                self.metrics.e2e_request_latency_s.observe(now - self.start_time)
-                self._changed.set()
+            sample = self.samples[event.choice]
+            self.metrics.observe_sample(event.finish_reason, sample.times, sample.num_tokens)
+            self._open.remove(event.choice)
+            if not self._open:
+                if event.finish_reason != "abort":
+                    self.metrics.e2e_request_latency_s.observe(now - self.start_time)
+                self._end(now)
         if self._streaming:
             self._events.append(event)
             self._changed.set()
             if len(self._events) > MAX_PENDING_EVENTS:
                 self.fail(CapacityError("The client reads its stream too slowly; the request was aborted."))
 
-    def fail(self, error: TokaError) -> None:
-        """End the whole generation with error; the first one counts."""
-        if not self.is_over:
-            self._error = error
-            self.metrics.count_finish("error")
-            self._changed.set()
-            self.failed.set()
+    def abort(self) -> None:
+        """End every open sample with what it has, for the reason "abort"."""
+        if self._scores_prompts and not all(self.is_prompt_scored(sample.index) for sample in self.samples):
+            self.fail(RequestError("The request was aborted before its prompt was scored.", code="aborted"), "abort")
+        now = time.perf_counter()
+        for sample in self.samples:
+            if sample.finish_reason is None and not self.is_over:
+                sample.take(-1, FinishReason.ABORT, 0, now)
+
+    def fail(self, error: TokaError, reason: str = "error") -> None:
+        """End the whole generation with error; the first one counts. reason: for the metrics."""
+        if self.is_over:
+            return
+        self._error = error
+        for choice in self._open:
+            sample = self.samples[choice]
+            self.metrics.observe_sample(reason, sample.times, sample.num_tokens)
+        self.failed.set()
+        self._end(time.perf_counter())
+
+    def _end(self, now: float) -> None:
+        self.end_time = now
+        self._changed.set()
+        self._on_over(self)
+
+    @property
+    def error(self) -> TokaError | None:
+        """What it failed with."""
+        return self._error
+
+    def summary(self) -> dict[str, object]:
+        """For a log: tokens, reasons, and the first sample's times in seconds from the request on."""
+        times = self.samples[0].times
+        facts: dict[str, object] = {
+            "prompt_tokens": sum(self.num_prompt_tokens),
+            "cached_tokens": sum(sample.num_cached_tokens for sample in self.samples[:: self.samples_per_prompt]),
+            "completion_tokens": sum(sample.num_tokens for sample in self.samples),
+            "finish_reasons": [sample.finish_reason for sample in self.samples],
+        }
+        for name, at_s in (("queue_s", times.begun), ("ttft_s", times.first_token), ("generation_s", self.end_time)):
+            if not math.isnan(at_s):
+                facts[name] = round(at_s - self.start_time, 6)
+        if self._error is not None:
+            facts["error"] = str(self._error)
+        return facts
 
     async def finished(self) -> None:
         """Wait for the end of all samples; raise what `fail` was given."""
@@ -208,7 +273,7 @@ class Generation:
                 batch = list(self._events)
                 self._events.clear()
                 yield batch
-            elif self._num_open == 0:
+            elif not self._open:
                 return
             else:
                 await self._next_change()

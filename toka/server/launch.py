@@ -29,6 +29,7 @@ from toka.model_source import locate, read_hf_config
 from toka.server.app import create_app
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.engine_process import EngineProcess
+from toka.server.listener import check_certificate, listen
 from toka.server.serving import Serving
 from toka.text.tokenizer import Tokenizer
 
@@ -38,7 +39,6 @@ _REPLIES_LEAVE_S = 2.0  # for replies and error chunks on their way when the ser
 _ENGINE_LEAVES_S = 5.0  # for the engine to exit when asked
 _LINGER_AFTER_DEATH_S = 1.0  # in which /health tells why, before the process exits
 _KEEP_ALIVE_S = 75
-_BACKLOG = 2048
 
 
 def serve(config: Config, process: EngineProcess) -> int:
@@ -47,19 +47,27 @@ def serve(config: Config, process: EngineProcess) -> int:
     process: of this configuration, which is checked; it is ended here. Raises ConfigError if the port is taken, or the model, its
     tokenizer or its engine cannot be had as configured.
     """
-    set_up_logging(config.log_level, config.uvicorn_log_level)
+    set_up_logging(config.log_level, config.uvicorn_log_level, config.log_format)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_private_dir())
         stack.callback(process.stop, 0)
-        listener = stack.enter_context(_listen(config))
+        check_certificate(config)
+        listener = stack.enter_context(listen(config))
         address_in, address_out = f"ipc://{directory}/in", f"ipc://{directory}/out"
-        source = locate(config.model, config.tokenizer, config.cache_path(), offline=hub_offline())
+        in_silence = _draw_nothing if config.log_format == "json" else None
+        source = locate(
+            config.model, config.tokenizer, config.cache_path(), offline=hub_offline(), on_progress=in_silence
+        )
         process.begin(source, address_in, address_out, directory)
         tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
         model_id = config.served_model_name or source.name
         server = _ServerRun(config, model_id, tokenizer, process, address_in, address_out)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(server.run(listener))
+
+
+def _draw_nothing(_what: str, _done: int, _total: int) -> None:
+    """Progress of a download, where the log is for machines."""
 
 
 @contextlib.contextmanager
@@ -69,19 +77,6 @@ def _private_dir() -> Iterator[str]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _listen(config: Config) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-        listener.listen(_BACKLOG)  # at once, for until then a second server could bind the same port
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from error
-    return listener
 
 
 class _HttpServer(uvicorn.Server):
@@ -122,7 +117,9 @@ class _ServerRun:
                 create_app(self._serving),
                 http="httptools",
                 ws="none",
-                lifespan="off",
+                lifespan="on",
+                ssl_certfile=self._config.tls_cert,
+                ssl_keyfile=self._config.tls_key,
                 log_config=None,
                 access_log=self._config.uvicorn_log_level in ("info", "debug", "trace"),
                 server_header=False,
@@ -205,7 +202,10 @@ class _ServerRun:
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
         names = " and ".join(self._serving.model_names)
-        logger.info("Ready: %s at http://%s:%d/v1", names, where, port)
+        scheme = "http" if self._config.tls_cert is None else "https"
+        ready = self._engine.ready
+        fields = {} if ready is None else {"startup_s": ready.startup_s, "num_kv_blocks": ready.num_kv_blocks}
+        logger.info("Ready: %s at %s://%s:%d/v1", names, scheme, where, port, extra={"fields": fields})
 
     async def _report_stats(self) -> None:
         """Every stats_report_seconds in which something happened, one line."""

@@ -22,10 +22,33 @@ def describe(
     for schema in (request, reply):
         if schema is not None:
             _described[schema.__name__] = schema
+    extra = _replies(reply, streams=streams)
+    if request is not None:
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _reference(request)}}}
+    return extra
+
+
+def describe_upload(reply: type[msgspec.Struct], purposes: tuple[str, ...]) -> dict[str, Any]:
+    """`openapi_extra` of a route that takes a form with a file and its purpose, and answers with reply."""
+    _described[reply.__name__] = reply
+    form = {
+        "type": "object",
+        "required": ["file", "purpose"],
+        "additionalProperties": False,
+        "properties": {
+            "file": {"type": "string", "format": "binary"},
+            "purpose": {"type": "string", "enum": list(purposes)},
+        },
+    }
+    body = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
+    return {**_replies(reply), "requestBody": body}
+
+
+def _replies(reply: type[msgspec.Struct], *, streams: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(reply)}}
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    extra: dict[str, Any] = {
+    return {
         "responses": {
             "200": {"description": "The reply.", "content": content},
             "default": {
@@ -34,9 +57,6 @@ def describe(
             },
         }
     }
-    if request is not None:
-        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _reference(request)}}}
-    return extra
 
 
 def _reference(schema: type[msgspec.Struct]) -> dict[str, str]:

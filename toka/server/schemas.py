@@ -137,6 +137,21 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
+class BatchRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/batches."""
+
+    input_file_id: str
+    endpoint: Annotated[str, Meta(description="Path that every line asks, say /v1/chat/completions.")]
+    completion_window: Annotated[str, Meta(description="Time for all lines: 24h, or another with s, m, h or d.")]
+    metadata: Annotated[dict[str, str], Meta(description="Labels; change nothing.")] | UnsetType = UNSET
+
+
+class AbortRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/abort."""
+
+    request_id: Annotated[str, Meta(description="The request's x-request-id, or the id of its reply.")]
+
+
 _NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -192,6 +207,8 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     },
     TokenizeRequest: {"continue_final_message": (False,), "chat_template": (), "tools": ([],)},
     DetokenizeRequest: {},
+    AbortRequest: {},
+    BatchRequest: {"output_expires_after": ()},
 }
 
 # -------------------------------------------------------------------------------------------------------------- replies
@@ -320,6 +337,13 @@ class TokenizeReply(msgspec.Struct):
 
 class DetokenizeReply(msgspec.Struct):
     prompt: str
+
+
+class AbortReply(msgspec.Struct):
+    """num_aborted: generations that ran under this id; their clients get what there is, with finish_reason "abort"."""
+
+    request_id: str
+    num_aborted: int
 
 
 class ErrorDetail(msgspec.Struct):

@@ -18,11 +18,15 @@ from starlette.requests import Request
 from toka.config import Config
 from toka.errors import CapacityError, RequestError
 from toka.messages import Ready
-from toka.metrics import Metrics
+from toka.metrics import CacheFacts, Metrics
 from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.generation import Generation
+from toka.server.keys import KeyRing
+from toka.server.request_context import LEAST_PRIORITY, current
+from toka.server.running import RunningRequests
 from toka.server.schemas import ChatMessage, GenerationFields, PromptTokensDetails, Usage
+from toka.server.tracing import tracer_of
 from toka.text.tokenizer import Tokenizer
 
 VERSION = version("toka")
@@ -31,7 +35,7 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_CHARS = 1024
 MAX_SESSION_ID_CHARS = 256
 MAX_DEADLINE_S = 86400.0
-_INLINE_CHARS = 4096  # a longer text is tokenized in a thread, so that the streams of others do not wait
+_INLINE = 4096  # characters to tokenize or tokens to decode; more is done in a thread, so that the streams of others do not wait
 
 
 @dataclass
@@ -46,12 +50,19 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.model_id, lambda: self.engine.stats, self._startup_s)
+        self.metrics = Metrics(self.model_id, lambda: self.engine.stats, self._startup_s, self._cache_facts)
+        self.tracer = tracer_of(self.config.otlp_endpoint)
+        self.running = RunningRequests()
+        self.keys = KeyRing.of(self.config)
         facts = f"{VERSION} {self.model_id} {self.config.dtype} {self.config.device}"
         self.system_fingerprint = "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
 
     def _startup_s(self) -> dict[str, float]:
         return self.engine.ready.startup_s if self.engine.ready is not None else {}
+
+    def _cache_facts(self) -> CacheFacts | None:
+        ready = self.engine.ready
+        return None if ready is None else CacheFacts(ready.block_size, ready.num_kv_blocks)
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -92,7 +103,13 @@ class Serving:
         def work() -> list[list[int]]:
             return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
 
-        return work() if sum(map(len, texts)) <= _INLINE_CHARS else await asyncio.to_thread(work)
+        return work() if sum(map(len, texts)) <= _INLINE else await asyncio.to_thread(work)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        if len(token_ids) <= _INLINE:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+        return await asyncio.to_thread(self.tokenizer.decode, token_ids, skip_special_tokens=False)
 
     def check_token_ids(self, token_ids: Sequence[int], param: str, vocab_size: int) -> None:
         """Raise RequestError naming param unless all ids are those of the vocabulary."""
@@ -141,10 +158,22 @@ class Serving:
         for prompt in prompts:
             if not prompt:
                 raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
+            self._check_length(len(prompt), prompt_param)
             self.check_token_ids(prompt, prompt_param, ready.vocab_size)
         self.check_token_ids(sampling.stop_token_ids, "stop_token_ids", ready.vocab_size)
         per_prompt = [_fit(sampling, len(prompt), ready.max_request_tokens, prompt_param) for prompt in prompts]
         self._check_room(len(prompts) * sampling.n, "n" if sampling.n > 1 else prompt_param)
+        self._check_queue(sum(map(len, prompts)), prompt_param)
+        stop_token_ids = self._stop_token_ids(sampling)
+        priority = _in_range(fields.priority, "priority", LEAST_PRIORITY, 2**31 - 1)
+        session_id, deadline_s = _session_id(fields), _deadline_s(fields)
+        context = current.get()
+
+        def on_over(generation: Generation) -> None:
+            self.running.remove(context, generation)
+            if self.tracer is not None:
+                self.tracer.record(generation, context, self.model_id, prompt_param, sampling)
+
         generation = Generation(
             self.tokenizer,
             self.metrics,
@@ -152,16 +181,19 @@ class Serving:
             [len(prompt) for prompt in prompts],
             start_time=start_time,
             streaming=fields.stream,
+            on_over=on_over,
         )
+        context.generations.append(generation)
+        self.running.add(context, generation)
         self.engine.submit(
             generation,
             prompts,
             per_prompt,
-            stop_token_ids=self._stop_token_ids(sampling),
+            stop_token_ids=stop_token_ids,
             cache_salt=fields.cache_salt,
-            priority=_in_range(fields.priority, "priority", -(2**31), 2**31 - 1),
-            session_id=_session_id(fields),
-            deadline_s=_deadline_s(fields),
+            priority=max(priority, context.least_priority),
+            session_id=session_id,
+            deadline_s=deadline_s,
         )
         return generation
 
@@ -177,6 +209,8 @@ class Serving:
             raise RequestError(f"stop can hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}.", "stop")
         if any(len(text) > MAX_STOP_STRING_CHARS for text in stop):
             raise RequestError(f"stop: a string is longer than {MAX_STOP_STRING_CHARS} characters.", "stop")
+        if fields.n > self.config.max_n:
+            raise RequestError(f"n must be at most {self.config.max_n} on this server, got {str(fields.n)[:40]}.", "n")
         if fields.stream_options is not UNSET and not fields.stream:
             raise RequestError("stream_options is only allowed with stream.", "stream_options")
         return SamplingParams(
@@ -203,12 +237,30 @@ class Serving:
             raise RequestError(f"stop_token_ids can hold at most {room} ids with this model.", "stop_token_ids")
         return together
 
+    def _check_length(self, num_prompt_tokens: int, param: str) -> None:
+        limit = self.config.max_prompt_tokens
+        if limit is not None and num_prompt_tokens > limit:
+            raise RequestError(
+                f"{param} has {num_prompt_tokens} tokens; this server takes {limit} at most.",
+                param,
+                code="context_length_exceeded",
+            )
+
     def _check_room(self, num_samples: int, param: str) -> None:
         limit = self.config.max_queued_requests
         if num_samples > limit:
             raise RequestError(f"{param}: {num_samples} samples asked for, the server holds {limit} at most.", param)
         if self.engine.num_open + num_samples > limit:
             raise CapacityError(f"The server is full: {self.engine.num_open} of {limit} requests are open.")
+
+    def _check_queue(self, num_tokens: int, param: str) -> None:
+        limit, queued = self.config.max_queued_tokens, self.engine.num_queued_tokens
+        if limit is None:
+            return
+        if num_tokens > limit:
+            raise RequestError(f"{param} has {num_tokens} tokens; the server's queue holds {limit} at most.", param)
+        if queued + num_tokens > limit:
+            raise CapacityError(f"The server is full: {queued} of {limit} prompt tokens wait for their turn.")
 
 
 def num_prompt_logprobs(fields: GenerationFields) -> int | None:

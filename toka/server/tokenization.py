@@ -50,7 +50,7 @@ async def detokenize(request: Request) -> Response:
     body = await read_body(request, DetokenizeRequest)
     serving.check_model(body.model)
     serving.check_token_ids(body.tokens, "tokens", serving.tokenizer.vocab_size)
-    text = serving.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    text = await serving.decode(body.tokens)
     return Response(msgspec.json.encode(DetokenizeReply(text)), media_type="application/json")
 
 

@@ -19,9 +19,10 @@ from toka.config import Config
 from toka.errors import CapacityError, RequestError
 from toka.messages import Ready
 from toka.metrics import Metrics
-from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams
+from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams, StructuredOutput
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.generation import Generation
+from toka.server.grammar_checker import GrammarChecker
 from toka.server.schemas import ChatMessage, GenerationFields, PromptTokensDetails, Usage
 from toka.text.tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
+        self.grammars = GrammarChecker(self.tokenizer)
         self.metrics = Metrics(self.model_id, lambda: self.engine.stats, self._startup_s)
         facts = f"{VERSION} {self.model_id} {self.config.dtype} {self.config.device}"
         self.system_fingerprint = "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
@@ -127,17 +129,19 @@ class Serving:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         may_generate_nothing: bool = False,
+        structured: StructuredOutput | None = None,
     ) -> Generation:
         """Check everything that can be checked here and hand the prompts to the engine.
 
         default_max_tokens: where the client gives none; None = as many as the context allows. start_time: perf_counter().
-        logprobs, prompt_logprobs: as in SamplingParams. may_generate_nothing: whether max_tokens may be 0.
+        logprobs, prompt_logprobs, structured: as in SamplingParams; GrammarChecker let the grammar through. may_generate_nothing: whether
+        max_tokens may be 0.
         Raises RequestError naming the field at fault, CapacityError when the server is full.
         """
         ready = self.check_admission()
         if fields.max_tokens == 0 and not may_generate_nothing:
             raise RequestError("max_tokens must be at least 1, or 0 with echo or prompt_logprobs.", "max_tokens")
-        sampling = self._sampling(fields, default_max_tokens, logprobs, prompt_logprobs)
+        sampling = self._sampling(fields, default_max_tokens, logprobs, prompt_logprobs, structured)
         for prompt in prompts:
             if not prompt:
                 raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
@@ -171,6 +175,7 @@ class Serving:
         default_max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        structured: StructuredOutput | None,
     ) -> SamplingParams:
         stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
         if len(stop) > MAX_STOP_STRINGS:
@@ -193,6 +198,7 @@ class Serving:
             ignore_eos=fields.ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured=structured,
         ).check()
 
     def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:

@@ -19,6 +19,9 @@ paged_attention: causal attention of query_THD [T, Hq, D] over the cache; return
 sample: draws one token id a row from logits_RV; returns int32 [R], and sets last_token[row] of every row >= 0. Tables of
     [max_rows]: temperature, top_p, min_p float32; top_k, held_back_until, last_token int32; seed int64;
     held_back_ids int32 [max_rows, 16]. The position of the token to be drawn is seq_lens_R[i]. See reference/sample.py.
+    Which tokens a grammar allows (both or none): masks_KW int32 [K, ceil(V / 32)], bit v % 32 of word v / 32 says whether token v may be
+    drawn; mask_of_R int32 [R], the place of each row's mask among them, -1 = any token may be drawn. A mask leaves the held-back ids
+    held back, unless it allows nothing else.
 token_logprobs: of softmax(logits_SV) as the model gave them, no setting applied: logprob float32 [S] and rank int32 [S] (1 = likeliest) of
     the tokens ids_S (int32), and ids int32 [S, k] and logprobs float32 [S, k] of the k likeliest. Of equal logits the lower id comes first.
     The value of a token is the same to the bit in both places. An id below 0 asks for nothing: its place gives -inf, 0, -1 and -inf; so do
@@ -66,7 +69,8 @@ SCHEMAS: dict[str, str] = {
     ),
     "sample": (
         "(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
-        "Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor(a!) last_token) -> Tensor"
+        "Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor(a!) last_token, Tensor? masks_KW=None, "
+        "Tensor? mask_of_R=None) -> Tensor"
     ),
     "token_logprobs": "(Tensor logits_SV, Tensor ids_S, int k) -> (Tensor, Tensor, Tensor, Tensor)",
     "rope_write_kv": (

@@ -74,6 +74,7 @@ class RunningServer:
         )
         self._started.set()
         await self._uvicorn.serve(sockets=[self._listener])
+        await self.serving.grammars.close()
         await client.close()
 
     def __exit__(

@@ -36,7 +36,7 @@ def _post(server: RunningServer, path: str, **fields: object) -> httpx.Response:
     [
         ("best_of", 2), ("suffix", "x"),
         ("presence_penalty", 0.5), ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 1}),
-        ("response_format", {"type": "json_object"}), ("guided_json", {}), ("structured_outputs", {"regex": "a"}),
+        ("guided_json", {}),
         ("bad_words", ["x"]), ("truncate_prompt_tokens", 3), ("return_token_ids", True),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("use_beam_search", True),
         ("metadata", {"a": "b"}), ("never_heard_of", 1), ("never_heard_of", None), ("tools", []),
@@ -53,7 +53,7 @@ def test_completion_fields_that_are_refused_by_name(server: RunningServer, field
     ("field", "value"),
     [
         ("tools", [{"type": "function"}]), ("tool_choice", "required"),
-        ("functions", [{}]), ("response_format", {"type": "json_schema"}), ("reasoning_effort", "low"),
+        ("functions", [{}]), ("reasoning_effort", "low"),
         ("modalities", ["audio"]), ("continue_final_message", True), ("chat_template", "x"), ("store", True),
         ("prompt", "x"), ("web_search_options", {}),
     ],

@@ -26,6 +26,7 @@ from toka.server.schemas import (
 )
 from toka.server.serving import Serving, num_prompt_logprobs, serving_of, usage_of
 from toka.server.stream import ChunkTemplate, respond
+from toka.server.structured import structured_output
 
 router = APIRouter()
 
@@ -39,6 +40,7 @@ async def create_chat_completion(request: Request) -> Response:
     body = _one_max_tokens(await read_body(request, ChatCompletionRequest))
     num_top = _num_top(body)
     model = serving.check_model(body.model)
+    structured = await structured_output(serving, body)
     prompt = await serving.encode_chat(
         body.messages, add_generation_prompt=body.add_generation_prompt, variables=body.chat_template_kwargs
     )
@@ -48,6 +50,7 @@ async def create_chat_completion(request: Request) -> Response:
         prompt_param="messages",
         default_max_tokens=None,
         start_time=start_time,
+        structured=structured,
         logprobs=num_top if body.logprobs else None,
         prompt_logprobs=num_prompt_logprobs(body),
         may_generate_nothing=body.prompt_logprobs is not UNSET,

@@ -19,6 +19,7 @@ from toka.server.request_context import current
 from toka.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from toka.server.serving import Serving, num_prompt_logprobs, serving_of, usage_of
 from toka.server.stream import ChunkTemplate, respond
+from toka.server.structured import structured_output
 from toka.text.held_scores import ScoredToken
 from toka.text.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ async def create_completion(request: Request) -> Response:
     serving.check_admission()
     body = await read_body(request, CompletionRequest)
     model = serving.check_model(body.model)
+    structured = await structured_output(serving, body)
     prompts, texts = await _token_prompts(serving, body)
     logprobs = None if body.logprobs is UNSET else body.logprobs
     of_prompt = [num for num in (num_prompt_logprobs(body), logprobs if body.echo else None) if num is not None]
@@ -44,6 +46,7 @@ async def create_completion(request: Request) -> Response:
         prompt_param="prompt",
         default_max_tokens=DEFAULT_MAX_TOKENS,
         start_time=start_time,
+        structured=structured,
         logprobs=logprobs,
         prompt_logprobs=max(of_prompt, default=None),
         may_generate_nothing=body.echo or bool(of_prompt),

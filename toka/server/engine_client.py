@@ -243,7 +243,7 @@ class EngineClient:
             for request_id, score in step.prompt_scores.entries():
                 if (scored := self._samples.get(request_id)) is not None:
                     scored[0].take_prompt_score(score)
-        scores = {} if step.scores is None else dict(step.scores.entries())  # a request has one token a step
+        scores = {} if step.scores is None else dict(step.scores.entries())  # one token a step, where they are asked for
         for request_id, begun_s in zip(
             np.frombuffer(step.begun, "<i8").tolist(), np.frombuffer(step.begun_s, "<f8").tolist(), strict=True
         ):
@@ -259,11 +259,12 @@ class EngineClient:
             strict=True,
         ):
             entry = self._samples.get(request_id)
-            if entry is None:  # aborted; the engine had not heard of it yet
+            if entry is None:  # aborted (the engine had not heard of it yet), or ended by an entry before
                 continue
             if self._queued_tokens:
                 self._leave_queue(request_id)
             if entry[0].take(token_id, finish, num_cached, now, scores.get(request_id)):
+                del self._samples[request_id]
                 (over if finish else unwanted).append(request_id)
         if over:
             self._forget(over)

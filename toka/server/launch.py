@@ -141,6 +141,7 @@ class _ServerRun:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+            await self._serving.grammars.close()
             await self._engine.close()
 
     def _watch_engine(self) -> None:
@@ -206,6 +207,8 @@ class _ServerRun:
         ready = self._engine.ready
         fields = {} if ready is None else {"startup_s": ready.startup_s, "num_kv_blocks": ready.num_kv_blocks}
         logger.info("Ready: %s at %s://%s:%d/v1", names, scheme, where, port, extra={"fields": fields})
+        if ready is not None:
+            await self._serving.grammars.start(ready.vocab_size)
 
     async def _report_stats(self) -> None:
         """Every stats_report_seconds in which something happened, one line."""

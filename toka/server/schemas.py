@@ -22,6 +22,31 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     continuous_usage_stats: Literal[False] = False
 
 
+class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """strict changes nothing: the text always fits the schema."""
+
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] = msgspec.field(default_factory=dict)
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the text has to be: anything, any JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the text has to be; exactly one of them."""
+
+    json: Annotated[dict[str, Any] | str, Meta(description="A JSON schema, or its text.")] | None = None
+    regex: Annotated[str, Meta(description="A regular expression for the whole text.")] | None = None
+    choice: Annotated[list[str], Meta(description="Texts of which it is one.")] | None = None
+    grammar: Annotated[str, Meta(description="A context-free grammar in Lark's notation or GBNF.")] | None = None
+
+
 class GenerationFields(msgspec.Struct, kw_only=True):
     """What completions and chat completions have in common."""
 
@@ -45,6 +70,8 @@ class GenerationFields(msgspec.Struct, kw_only=True):
         Annotated[int, Meta(description="Logprobs of the prompt's tokens, and so many of the likeliest; 0 to 20.")]
         | UnsetType
     ) = UNSET
+    response_format: ResponseFormat | UnsetType = UNSET
+    structured_outputs: StructuredOutputs | UnsetType = UNSET
     cache_salt: Annotated[str, Meta(description="Share cached prefixes only under the same salt.")] = ""
     priority: Annotated[int, Meta(description="Lower runs earlier, and in place of higher ones that run.")] = 0
     deadline_s: (
@@ -161,8 +188,6 @@ _NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "logits_processors": ([],),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -209,6 +234,11 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     DetokenizeRequest: {},
     AbortRequest: {},
     BatchRequest: {"output_expires_after": ()},
+}
+
+# Fields of old, and what to say instead.
+REPLACED_FIELDS = {
+    f"guided_{kind}": f'structured_outputs: {{"{kind}": ...}}' for kind in ("json", "regex", "choice", "grammar")
 }
 
 # -------------------------------------------------------------------------------------------------------------- replies

@@ -19,9 +19,10 @@ from toka.config import Config
 from toka.errors import CapacityError, RequestError
 from toka.messages import Ready
 from toka.metrics import CacheFacts, Metrics
-from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams
+from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams, StructuredOutput
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.generation import Generation
+from toka.server.grammar_checker import GrammarChecker
 from toka.server.keys import KeyRing
 from toka.server.request_context import LEAST_PRIORITY, current
 from toka.server.running import RunningRequests
@@ -50,6 +51,7 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
+        self.grammars = GrammarChecker(self.tokenizer)
         self.metrics = Metrics(self.model_id, lambda: self.engine.stats, self._startup_s, self._cache_facts)
         self.tracer = tracer_of(self.config.otlp_endpoint)
         self.running = RunningRequests()
@@ -144,17 +146,19 @@ class Serving:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         may_generate_nothing: bool = False,
+        structured: StructuredOutput | None = None,
     ) -> Generation:
         """Check everything that can be checked here and hand the prompts to the engine.
 
         default_max_tokens: where the client gives none; None = as many as the context allows. start_time: perf_counter().
-        logprobs, prompt_logprobs: as in SamplingParams. may_generate_nothing: whether max_tokens may be 0.
+        logprobs, prompt_logprobs, structured: as in SamplingParams; GrammarChecker let the grammar through. may_generate_nothing: whether
+        max_tokens may be 0.
         Raises RequestError naming the field at fault, CapacityError when the server is full.
         """
         ready = self.check_admission()
         if fields.max_tokens == 0 and not may_generate_nothing:
             raise RequestError("max_tokens must be at least 1, or 0 with echo or prompt_logprobs.", "max_tokens")
-        sampling = self._sampling(fields, default_max_tokens, logprobs, prompt_logprobs)
+        sampling = self._sampling(fields, default_max_tokens, logprobs, prompt_logprobs, structured)
         for prompt in prompts:
             if not prompt:
                 raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
@@ -203,6 +207,7 @@ class Serving:
         default_max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        structured: StructuredOutput | None,
     ) -> SamplingParams:
         stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
         if len(stop) > MAX_STOP_STRINGS:
@@ -227,6 +232,7 @@ class Serving:
             ignore_eos=fields.ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured=structured,
         ).check()
 
     def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,6 +12,17 @@ from toka.errors import RequestError
 MAX_SAMPLES_PER_REQUEST = 128
 MAX_LOGPROBS = 20  # likeliest tokens that a request can ask for; the device always finds so many when anybody asks
 MAX_STOP_TOKEN_IDS = 16  # the width of the sampler's table of token ids that min_tokens holds back
+
+
+class StructuredOutput(msgspec.Struct, frozen=True):
+    """A grammar that the generated text has to fit, as llguidance takes it.
+
+    json_schema: source is a JSON schema as JSON text (any object: `{"type": "object"}`). regex: a regular expression, matched as a
+    whole. lark: a grammar in llguidance's dialect of Lark.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: with every generated token its logprob, and those of so many of the likeliest tokens; None = off, at most 20.
         Of the model's distribution: temperature and filters change them not.
     prompt_logprobs: the same for the prompt's tokens, but the first; the prompt is then computed whole, whatever the prefix cache holds.
+    structured: only text of this grammar can be drawn; the text ends where the grammar does. None = any text.
     """
 
     n: int = 1
@@ -44,6 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: StructuredOutput | None = None
 
     def check(self) -> SamplingParams:
         """Return self, or raise RequestError naming the field that is out of range."""

@@ -169,18 +169,41 @@ def _body(grammar: _Grammar, rules: CallRules, structured: str | None) -> str:
 
 
 def _hermes(grammar: _Grammar, rules: CallRules) -> str:
-    return f'"\\n" ({_any_object(grammar, rules, "arguments")}) "\\n" {grammar.mark("</tool_call>")}'
+    return f'"\\n" ({_any_object(grammar, rules)}) "\\n" {grammar.mark("</tool_call>")}'
 
 
 def _llama3(grammar: _Grammar, rules: CallRules) -> str:
-    return _any_object(grammar, rules, "parameters")
+    """Objects that are JSON to the parser from the first brace on, so that an answer in JSON can stand beside them."""
+    return " | ".join(grammar.add(f"object_{grammar.num_rules}", _json(_call_schema(tool))) for tool in rules.tools)
+
+
+def _call_schema(tool: Tool) -> dict[str, Any]:
+    properties = {"name": {"const": tool.name}, "parameters": _moved_refs(tool.parameters, "#/properties/parameters")}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _moved_refs(schema: Any, root: str) -> Any:
+    """The schema with its references to itself as they must be when it stands at root."""
+    if isinstance(schema, list):
+        return [_moved_refs(each, root) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved_refs(value, root) for key, value in schema.items()}
+    if isinstance(ref := schema.get("$ref"), str) and ref.startswith("#"):
+        moved["$ref"] = root + ref[1:]
+    return moved
 
 
 def _mistral(grammar: _Grammar, rules: CallRules) -> str:
     if rules.style.repeats_mark:
         arguments = grammar.mark("[ARGS]")
         return " | ".join(f"{_literal(tool.name)} {arguments} {_arguments(grammar, tool)}" for tool in rules.tools)
-    return '" "? ' + _list_of(grammar.add("object", _any_object(grammar, rules, "arguments")), rules)
+    return '" "? ' + _list_of(grammar.add("object", _any_object(grammar, rules)), rules)
 
 
 def _pythonic(grammar: _Grammar, rules: CallRules) -> str:
@@ -195,16 +218,16 @@ def _list_of(call: str, rules: CallRules) -> str:
     return f'"[" {call} (", " {call})* "]"' if rules.parallel else f'"[" {call} "]"'
 
 
-def _any_object(grammar: _Grammar, rules: CallRules, key: str) -> str:
+def _any_object(grammar: _Grammar, rules: CallRules) -> str:
     def call(tool: Tool) -> str:
-        head = f'{{"name": {_literal(tool.name)}, "{key}": '
+        head = f'{{"name": {_literal(tool.name)}, "arguments": '
         return f'{_literal(head)} {_arguments(grammar, tool)} "}}"'
 
     return " | ".join(map(call, rules.tools))
 
 
 def _arguments(grammar: _Grammar, tool: Tool) -> str:
-    return grammar.add(f"arguments_{grammar.num_rules}", _json({"type": "object", **tool.parameters}))
+    return grammar.add(f"arguments_{grammar.num_rules}", _json(tool.parameters))
 
 
 def _keywords(grammar: _Grammar, tool: Tool) -> str:

@@ -120,6 +120,14 @@ class Config:
     api_key: str | None = flag(
         None, "key that every route but /health and /ready asks for; None: $TOKA_API_KEY, if set"
     )
+    tool_call_parser: str = flag(
+        "auto",
+        "how the model writes tool calls; auto: as its response_template or its chat template shows",
+        choices=("auto", "hermes", "llama3_json", "mistral", "pythonic"),
+    )
+    allow_request_chat_template: bool = flag(
+        False, "T: requests may bring a chat_template, which is code, though sandboxed"
+    )
     max_queued_requests: int = flag(4096, "requests in the server at most; more get 429", "requests")
     drain_timeout_s: float = flag(30.0, "after SIGTERM, time for running requests to end", "s")
     stats_report_seconds: float = flag(5.0, "time between two lines of statistics in the log; 0 = never", "s")

@@ -17,7 +17,7 @@ from toka.server.generation import Generation, Sample, TokenEvent
 from toka.server.logprobs import completion_logprobs, prompt_logprobs, scored_prompt
 from toka.server.openapi import describe
 from toka.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from toka.server.serving import Serving, num_prompt_logprobs, serving_of, usage_of
+from toka.server.serving import Serving, num_prompt_logprobs, serving_of, timings_of, usage_of
 from toka.server.stream import ChunkTemplate, respond
 from toka.text.held_scores import ScoredToken
 from toka.text.tokenizer import Tokenizer
@@ -36,6 +36,8 @@ async def create_completion(request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
     model = serving.check_model(body.model)
     prompts, texts = await _token_prompts(serving, body)
+    if body.truncate_prompt_tokens is not UNSET:
+        prompts, texts = serving.truncated(body, prompts), []
     logprobs = None if body.logprobs is UNSET else body.logprobs
     of_prompt = [num for num in (num_prompt_logprobs(body), logprobs if body.echo else None) if num is not None]
     generation = serving.submit(
@@ -62,7 +64,12 @@ async def create_completion(request: Request) -> Response:
         generation,
         abort=lambda: serving.engine.abort(generation),
         chunks=(lambda events: _chunks(head, replies, events)) if body.stream else None,
-        whole=lambda: Completion(**head, choices=replies.choices(), usage=usage_of(generation)),
+        whole=lambda: Completion(
+            **head,
+            choices=replies.choices(),
+            usage=usage_of(generation),
+            timings=timings_of(generation) if body.return_timings else UNSET,
+        ),
     )
 
 
@@ -122,7 +129,13 @@ class _Replies:
         if self.body.prompt_logprobs is not UNSET:
             scores = self.generation.prompt_scores[self._prompt_of(sample.index)]
             choice.prompt_logprobs = prompt_logprobs(self._tokenizer, scores, self.body.prompt_logprobs)
+        if self.body.return_token_ids:
+            choice.token_ids, choice.prompt_token_ids = sample.token_ids, self.prompt_ids_of(sample.index)
         return choice
+
+    def prompt_ids_of(self, choice: int) -> list[int]:
+        """The prompt of this choice."""
+        return list(self._prompts[self._prompt_of(choice)])
 
     def logprobs_of(self, choice: int, scores: Sequence[ScoredToken]) -> CompletionLogprobs | None:
         """Of these generated tokens; None unless asked for."""
@@ -165,18 +178,23 @@ async def _chunks(
     head: dict[str, Any], replies: _Replies, events: AsyncIterator[list[TokenEvent]]
 ) -> AsyncIterator[bytes]:
     body, generation = replies.body, replies.generation
-    with_usage = body.stream_options is not UNSET and body.stream_options.include_usage
-    template = ChunkTemplate(head, b'"text":', b"", with_usage=with_usage)
+    template = ChunkTemplate(head, b'"text":', b"", options=body.stream_options, usage=lambda: usage_of(generation))
+    unnamed = {sample.index for sample in generation.samples}  # choices whose prompts' ids were not told yet
 
     def chunk(event: TokenEvent) -> bytes:
-        if not event.scores:
-            return template.token(event)
-        return template.token(event, msgspec.json.encode(replies.logprobs_of(event.choice, event.scores)))
+        logprobs = msgspec.json.encode(replies.logprobs_of(event.choice, event.scores)) if event.scores else b"null"
+        return template.token(event, logprobs, token_ids(event) if body.return_token_ids else b"")
+
+    def token_ids(event: TokenEvent) -> bytes:
+        more = b',"token_ids":%b' % msgspec.json.encode([event.token_id] if event.token_id >= 0 else [])
+        if event.choice in unnamed:
+            unnamed.remove(event.choice)
+            more += b',"prompt_token_ids":%b' % msgspec.json.encode(replies.prompt_ids_of(event.choice))
+        return more
 
     async for batch in _echoed(replies, template, events) if body.echo else events:
         yield b"".join(each if isinstance(each, bytes) else chunk(each) for each in batch)
-    if with_usage:
-        yield template.usage(usage_of(generation))
+    yield template.last((lambda: timings_of(generation)) if body.return_timings else None)
 
 
 async def _echoed(

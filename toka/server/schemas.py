@@ -11,15 +11,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+MAX_TOOLS = 128
+
 # ------------------------------------------------------------------------------------------------------------- requests
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """include_usage: a last chunk with the usage and no choices."""
+    """include_usage: a last chunk with the usage and no choices. continuous_usage_stats: every chunk tells the usage so far."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = False
 
 
 class GenerationFields(msgspec.Struct, kw_only=True):
@@ -61,6 +63,17 @@ class GenerationFields(msgspec.Struct, kw_only=True):
         str,
         Meta(description="The same for all turns of a conversation: its cached prefix is kept longer between them."),
     ] = ""
+    truncate_prompt_tokens: (
+        Annotated[int, Meta(description="Keep only so many tokens of the prompt, its last ones; -1 = as many as fit.")]
+        | UnsetType
+    ) = UNSET
+    return_token_ids: Annotated[bool, Meta(description="Tell the ids of the prompt's and the generated tokens.")] = (
+        False
+    )
+    return_timings: Annotated[bool, Meta(description="Tell how long the request took, in seconds.")] = False
+    metadata: Annotated[dict[str, str], Meta(max_length=16, description="Labels; change nothing.")] = msgspec.field(
+        default_factory=dict
+    )
     user: Annotated[str, Meta(description="A label; changes nothing.")] = ""
     safety_identifier: Annotated[str, Meta(description="A label; changes nothing.")] = ""
     stream: bool = False
@@ -84,38 +97,124 @@ class CompletionRequest(GenerationFields, kw_only=True):
     )
 
 
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
     """A part of a message's content; only text is understood."""
 
-    type: Literal["text"]
     text: str
 
 
+class CalledFunction(msgspec.Struct, forbid_unknown_fields=True):
+    """arguments: JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A call that the assistant made. index: as in a stream's deltas; not needed."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | UnsetType | None = UNSET
+
+
 class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One turn of the conversation."""
+    """One turn of the conversation. tool_call_id: of the call that a message of the role tool answers.
+
+    reasoning, reasoning_content: two names of the same, the assistant's reasoning before its content.
+    """
 
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: None = None
     function_call: None = None
     audio: None = None
+    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
+
+
+class FunctionDefinition(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """parameters: the JSON schema of the arguments. strict: the arguments are held to it even if no tool need be called."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool that the model may call; only functions are known."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
+    """The one tool that must be called."""
+
+    function: NamedFunction
+
+
+class AllowedTools(msgspec.Struct, forbid_unknown_fields=True):
+    """mode: as tool_choice, among these tools only."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedToolsChoice(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice
+
+
+AddGenerationPrompt = Annotated[bool, Meta(description="End the prompt with the assistant's header; so by default.")]
+ContinueFinalMessage = Annotated[
+    bool, Meta(description="Go on in the middle of the last message, which must be the assistant's.")
+]
+ChatTemplateSource = Annotated[str, Meta(description="In place of the model's own, where the server allows it.")]
+TemplateVariables = Annotated[dict[str, Any], Meta(description="Variables for the chat template.")]
 
 
 class ChatCompletionRequest(GenerationFields, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    add_generation_prompt: AddGenerationPrompt | UnsetType = UNSET
+    continue_final_message: ContinueFinalMessage = False
+    chat_template: ChatTemplateSource | UnsetType = UNSET
+    chat_template_kwargs: TemplateVariables = msgspec.field(default_factory=dict)
+    tools: Annotated[list[ToolDefinition], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
+    tool_choice: ToolChoice | UnsetType = UNSET
+    parallel_tool_calls: Annotated[bool, Meta(description="False: one call at most.")] = True
     logprobs: Annotated[bool, Meta(description="Tell the logprobs of the tokens.")] = False
     top_logprobs: Annotated[int, Meta(description="And those of so many of the likeliest; 0 to 20.")] | UnsetType = (
         UNSET
     )
     max_completion_tokens: Annotated[int, Meta(description="The newer name of max_tokens.")] | UnsetType = UNSET
-    add_generation_prompt: Annotated[bool, Meta(description="End the prompt with the assistant's header.")] = True
-    chat_template_kwargs: Annotated[dict[str, Any], Meta(description="Variables for the chat template.")] = (
-        msgspec.field(default_factory=dict)
-    )
+    reasoning_effort: (
+        Annotated[
+            Literal["none", "minimal", "low", "medium", "high", "xhigh"],
+            Meta(
+                description="For models whose chat template knows of it; none also for those that can skip reasoning."
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    reasoning_budget: (
+        Annotated[int, Meta(ge=0, description="Tokens of reasoning at most; then its end is forced.")] | UnsetType
+    ) = UNSET
+    thinking_token_budget: Annotated[int, Meta(ge=0, description="Another name of it.")] | UnsetType = UNSET
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -123,10 +222,13 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
     model: str = "default"
     prompt: str | UnsetType = UNSET
-    messages: list[ChatMessage] | UnsetType = UNSET
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | UnsetType = UNSET
+    add_generation_prompt: AddGenerationPrompt | UnsetType = UNSET
+    continue_final_message: ContinueFinalMessage = False
+    chat_template: ChatTemplateSource | UnsetType = UNSET
+    chat_template_kwargs: TemplateVariables = msgspec.field(default_factory=dict)
+    tools: Annotated[list[ToolDefinition], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
     add_special_tokens: bool | UnsetType = UNSET
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     return_token_strs: bool = False
 
 
@@ -152,14 +254,11 @@ _NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "truncate_prompt_tokens": (),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
-    "metadata": ({},),
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
@@ -173,24 +272,18 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     },
     ChatCompletionRequest: {
         **_NEUTRAL_GENERATION,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": (),
         "verbosity": (),
         "web_search_options": (),
-        "chat_template": (),
         "documents": (),
         "echo": (False,),
-        "continue_final_message": (False,),
         "add_special_tokens": (False,),
     },
-    TokenizeRequest: {"continue_final_message": (False,), "chat_template": (), "tools": ([],)},
+    TokenizeRequest: {},
     DetokenizeRequest: {},
 }
 
@@ -201,6 +294,12 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """reasoning_tokens: of the reasoning and its marks; they are among the completion tokens."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Tokens of the request; a prompt counts once, whatever n is."""
 
@@ -208,6 +307,15 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class Timings(msgspec.Struct):
+    """Seconds from the arrival of the request to its first token, to its last token (null: there is none), to the end of the reply."""
+
+    first_token_s: float | None
+    last_token_s: float | None
+    total_s: float
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -240,6 +348,8 @@ class CompletionChoice(msgspec.Struct):
     finish_reason: str | None
     logprobs: CompletionLogprobs | None = None
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct):
@@ -250,12 +360,19 @@ class Completion(msgspec.Struct):
     usage: Usage
     system_fingerprint: str
     object: Literal["text_completion"] = "text_completion"
+    timings: Timings | UnsetType = UNSET
 
 
 class AssistantMessage(msgspec.Struct):
-    content: str
+    """content: null where there are tool calls and nothing else. reasoning, reasoning_content: the same under both names that clients
+    look for; left out where there is none."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -283,6 +400,7 @@ class ChatChoice(msgspec.Struct):
     message: AssistantMessage
     finish_reason: str | None
     logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct):
@@ -294,6 +412,8 @@ class ChatCompletion(msgspec.Struct):
     system_fingerprint: str
     object: Literal["chat.completion"] = "chat.completion"
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
 
 
 class Model(msgspec.Struct):

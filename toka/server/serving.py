@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 import msgspec
 from msgspec import UNSET
@@ -19,10 +17,18 @@ from toka.config import Config
 from toka.errors import CapacityError, RequestError
 from toka.messages import Ready
 from toka.metrics import Metrics
-from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams
+from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams, StructuredOutput
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.generation import Generation
-from toka.server.schemas import ChatMessage, GenerationFields, PromptTokensDetails, Usage
+from toka.server.schemas import (
+    CompletionTokensDetails,
+    GenerationFields,
+    PromptTokensDetails,
+    Timings,
+    Usage,
+)
+from toka.text.reply_formats import ModelReplies
+from toka.text.reply_reader import ReplyReading
 from toka.text.tokenizer import Tokenizer
 
 VERSION = version("toka")
@@ -47,8 +53,16 @@ class Serving:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.model_id, lambda: self.engine.stats, self._startup_s)
-        facts = f"{VERSION} {self.model_id} {self.config.dtype} {self.config.device}"
-        self.system_fingerprint = "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
+        template = self.tokenizer.chat_template
+        self.replies = (
+            None if template is None else ModelReplies(self.tokenizer, template, self.config.tool_call_parser)
+        )
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Names what the results depend on: model, dtype and version."""
+        dtype = self.config.dtype if self.engine.ready is None else self.engine.ready.dtype
+        return f"fp_{self.model_id}_{dtype}_toka-{VERSION}"
 
     def _startup_s(self) -> dict[str, float]:
         return self.engine.ready.startup_s if self.engine.ready is not None else {}
@@ -99,22 +113,17 @@ class Serving:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             raise RequestError(f"{param} holds a token id outside 0..{vocab_size - 1}.", param)
 
-    async def encode_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool,
-        variables: dict[str, Any],
-        add_special_tokens: bool = False,
-    ) -> list[int]:
-        """The prompt of a conversation. Raises RequestError if the model has no chat template or it refuses."""
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise RequestError(f"The model {self.model_id} has no chat template; use /v1/completions.", "messages")
-        plain = [msgspec.to_builtins(message) for message in messages]
-        text = template.render(plain, add_generation_prompt=add_generation_prompt, variables=variables)
-        [token_ids] = await self.encode([text], "messages", add_special_tokens=add_special_tokens)
-        return token_ids
+    def truncated(self, fields: GenerationFields, prompts: list[list[int]]) -> list[list[int]]:
+        """The prompts cut to their last tokens as `truncate_prompt_tokens` asks; RequestError if it asks nonsense."""
+        keep = fields.truncate_prompt_tokens
+        if keep is UNSET:
+            return prompts
+        if keep == -1:
+            room = self.check_admission().max_request_tokens - (fields.max_tokens or 1)
+            keep = max(room, 1)
+        if keep < 1:
+            raise RequestError("truncate_prompt_tokens must be 1 or more, or -1.", "truncate_prompt_tokens")
+        return [prompt[-keep:] for prompt in prompts]
 
     def submit(
         self,
@@ -127,17 +136,20 @@ class Serving:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         may_generate_nothing: bool = False,
+        reading: ReplyReading | None = None,
+        structured: StructuredOutput | None = None,
     ) -> Generation:
         """Check everything that can be checked here and hand the prompts to the engine.
 
         default_max_tokens: where the client gives none; None = as many as the context allows. start_time: perf_counter().
-        logprobs, prompt_logprobs: as in SamplingParams. may_generate_nothing: whether max_tokens may be 0.
+        logprobs, prompt_logprobs, structured: as in SamplingParams. may_generate_nothing: whether max_tokens may be 0.
+        reading: how the samples are read as replies; None = they are not.
         Raises RequestError naming the field at fault, CapacityError when the server is full.
         """
         ready = self.check_admission()
         if fields.max_tokens == 0 and not may_generate_nothing:
             raise RequestError("max_tokens must be at least 1, or 0 with echo or prompt_logprobs.", "max_tokens")
-        sampling = self._sampling(fields, default_max_tokens, logprobs, prompt_logprobs)
+        sampling = self._sampling(fields, default_max_tokens, logprobs, prompt_logprobs, structured)
         for prompt in prompts:
             if not prompt:
                 raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
@@ -152,6 +164,7 @@ class Serving:
             [len(prompt) for prompt in prompts],
             start_time=start_time,
             streaming=fields.stream,
+            reading=reading,
         )
         self.engine.submit(
             generation,
@@ -171,6 +184,7 @@ class Serving:
         default_max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        structured: StructuredOutput | None,
     ) -> SamplingParams:
         stop = (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
         if len(stop) > MAX_STOP_STRINGS:
@@ -193,6 +207,7 @@ class Serving:
             ignore_eos=fields.ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured=structured,
         ).check()
 
     def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
@@ -228,11 +243,32 @@ def serving_of(request: Request) -> Serving:
 
 def usage_of(generation: Generation) -> Usage:
     """The tokens of a generation so far."""
+    readers = [sample.reader for sample in generation.samples if sample.reader is not None]
     prompt_tokens = sum(generation.num_prompt_tokens)
     completion_tokens = sum(sample.num_tokens for sample in generation.samples)
     first_samples = generation.samples[:: generation.samples_per_prompt]
     cached = sum(sample.num_cached_tokens for sample in first_samples)
-    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached))
+    return Usage(
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        PromptTokensDetails(cached),
+        CompletionTokensDetails(sum(reader.num_reasoning_tokens for reader in readers)),
+    )
+
+
+def timings_of(generation: Generation) -> Timings:
+    """How long a generation took that is over."""
+
+    def since_start(at_s: float | None) -> float | None:
+        return None if at_s is None else round(at_s - generation.start_time, 6)
+
+    begun = [sample for sample in generation.samples if sample.num_tokens]
+    return Timings(
+        since_start(min((sample.first_token_s for sample in begun), default=None)),
+        since_start(max((sample.last_token_s for sample in begun), default=None)),
+        time.perf_counter() - generation.start_time,
+    )
 
 
 def _fit(sampling: SamplingParams, num_prompt_tokens: int, limit: int, prompt_param: str) -> SamplingParams:

@@ -19,7 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from toka.errors import ConfigError, RequestError
 
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # under these names templates look for an earlier reply's reasoning
+_REASONING_KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # under these names templates look for an earlier reply's reasoning
 
 
 class _GenerationTag(Extension):
@@ -117,9 +121,8 @@ class ChatTemplate:
         """The message as templates know it: its text parts joined by newlines (templates before 2024 know strings only), the arguments
         of its calls as objects, its reasoning under all names."""
         plain = {key: value for key, value in message.items() if value is not None or key == "content"}
-        content = plain.get("content")
-        if isinstance(content, list):
-            plain["content"] = "\n".join(part["text"] for part in content)
+        if isinstance(plain.get("content"), list):
+            plain["content"] = text_of(message)
         if plain.get("role") == "developer" and "developer" not in self.source:
             plain["role"] = "system"  # OpenAI's newer word for it
         if calls := plain.get("tool_calls"):
@@ -127,6 +130,12 @@ class ChatTemplate:
         if reasoning := next((plain[key] for key in _REASONING_KEYS if plain.get(key)), None):
             plain.update(dict.fromkeys(_REASONING_KEYS, reasoning))
         return plain
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The content of a message as one text; "" if it has none."""
+    content = message.get("content")
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def _with_decoded_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,16 +20,16 @@ class Content(NamedTuple):
 
 
 class CallBegin(NamedTuple):
-    """A tool call begins; index counts from 0 within the reply."""
+    """A tool call begins; call counts from 0 within the reply."""
 
-    index: int
+    call: int
     name: str
 
 
 class CallArguments(NamedTuple):
     """More of the JSON text of a call's arguments; begins of other calls may have come since that of this one."""
 
-    index: int
+    call: int
     text: str
 
 
@@ -65,8 +65,8 @@ class Message:
                     self.text += text
                 case CallBegin(name=name):
                     self.tool_calls.append(ToolCall(name))
-                case CallArguments(index, text):
-                    self.tool_calls[index].arguments += text
+                case CallArguments(call, text):
+                    self.tool_calls[call].arguments += text
 
 
 class PartWriter:
@@ -139,7 +139,7 @@ class PartWriter:
                 self._parts[-1] = Reasoning(before + text)
             case (Content(before), Content(text)):
                 self._parts[-1] = Content(before + text)
-            case (CallArguments(index, before), CallArguments(same, text)) if index == same:
-                self._parts[-1] = CallArguments(index, before + text)
+            case (CallArguments(call, before), CallArguments(same, text)) if call == same:
+                self._parts[-1] = CallArguments(call, before + text)
             case _:
                 self._parts.append(part)

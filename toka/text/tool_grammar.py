@@ -239,7 +239,7 @@ def _keywords(grammar: _Grammar, tool: Tool) -> str:
             f"tools: the parameters of {tool.name} must be plain properties with this model, whose calls are Python.",
             "tools",
         )
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
     def keyword(name: str) -> str:
         value = properties[name] if isinstance(properties[name], dict) else {}

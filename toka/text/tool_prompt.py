@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from toka.text.chat_template import text_of
+
 _INTRODUCTION = """\
 You can call these functions; each line describes one, its parameters by a JSON schema:
 <tools>
@@ -30,40 +32,31 @@ def with_tools_in_text(
     messages: as OpenAI has them, content a string, text parts or None.
     """
     told: list[dict[str, Any]] = []
+    results: dict[str, Any] | None = None  # the message that holds those of the latest calls
     for message in messages:
-        role = message["role"]
-        if role == "tool":
-            _add_result(told, _text_of(message))
-        elif calls := message.get("tool_calls"):
-            blocks = [text] if (text := _text_of(message)) else []
-            told.append({"role": role, "content": "\n".join([*blocks, *map(_call_text, calls)])})
+        if message["role"] == "tool":
+            block = f"<tool_response>\n{text_of(message)}\n</tool_response>"
+            if results is None:
+                results = {"role": "user", "content": block}
+                told.append(results)
+            else:  # one message, since many templates want the roles to take turns
+                results["content"] += "\n" + block
+            continue
+        results = None
+        if calls := message.get("tool_calls"):
+            said = [text] if (text := text_of(message)) else []
+            told.append({"role": message["role"], "content": "\n".join([*said, *map(_call_text, calls)])})
         else:
             told.append(dict(message))
     if tools:
         introduction = _INTRODUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
         if told and told[0]["role"] in ("system", "developer"):
-            told[0]["content"] = f"{_text_of(told[0])}\n\n{introduction}"
+            told[0]["content"] = f"{text_of(told[0])}\n\n{introduction}"
         else:
             told.insert(0, {"role": "system", "content": introduction})
     return told
 
 
-def _add_result(told: list[dict[str, Any]], result: str) -> None:
-    """The results of several calls make one message, since many templates want the roles to take turns."""
-    block = f"<tool_response>\n{result}\n</tool_response>"
-    if told and told[-1].get("is_result"):
-        told[-1]["content"] += "\n" + block
-    else:
-        told.append({"role": "user", "content": block, "is_result": True})
-
-
 def _call_text(call: Mapping[str, Any]) -> str:
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content)
-    return content or ""

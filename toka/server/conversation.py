@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +98,19 @@ def tools_of(tools: Sequence[ToolDefinition]) -> list[Tool]:
 def tool_of(name: str, description: str | None, parameters: dict[str, Any] | None, strict: bool | None) -> Tool:
     """A tool with what clients may leave out."""
     return Tool(name, description or "", {"type": "object", "properties": {}, **(parameters or {})}, bool(strict))
+
+
+@contextlib.contextmanager
+def fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that name a field of chat completions name it as another API does: names has that API's word for each."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param not in names:
+            raise
+        name = names[error.param]
+        message = error.message.replace(error.param, name)
+        raise RequestError(message, name, status=error.status, code=error.code) from error
 
 
 def adds_generation_prompt(body: ChatCompletionRequest | TokenizeRequest) -> bool:

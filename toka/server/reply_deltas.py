@@ -7,7 +7,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from toka.server.generation import Sample
+from toka.server.generation import Sample, TokenEvent
 from toka.server.schemas import AssistantMessage, CalledFunction, ToolCall
 from toka.text.reply_parts import CallArguments, CallBegin, Content, Part, Reasoning
 
@@ -39,6 +39,18 @@ def delta_of(parts: Sequence[Part]) -> dict[str, Any]:
     if calls:
         delta["tool_calls"] = list(calls.values())
     return delta
+
+
+def parts_of(sample: Sample) -> list[Part]:
+    """All that the sample says, whole."""
+    return [Content(sample.text)] if sample.reader is None else sample.reader.message.parts()
+
+
+def parts_of_event(sample: Sample, event: TokenEvent) -> Sequence[Part]:
+    """What one token of the sample adds."""
+    if sample.reader is not None:
+        return event.parts
+    return (Content(event.text),) if event.text else ()
 
 
 def message_of(sample: Sample) -> AssistantMessage:

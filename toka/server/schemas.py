@@ -138,10 +138,13 @@ class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
 
+FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+
+
 class FunctionDefinition(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """parameters: the JSON schema of the arguments. strict: the arguments are held to it even if no tool need be called."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -184,6 +187,10 @@ ContinueFinalMessage = Annotated[
 ]
 ChatTemplateSource = Annotated[str, Meta(description="In place of the model's own, where the server allows it.")]
 TemplateVariables = Annotated[dict[str, Any], Meta(description="Variables for the chat template.")]
+ReasoningEffort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh"],
+    Meta(description="For models whose chat template knows of it; none also for those that can skip reasoning."),
+]
 
 
 class ChatCompletionRequest(GenerationFields, kw_only=True):
@@ -215,6 +222,97 @@ class ChatCompletionRequest(GenerationFields, kw_only=True):
         Annotated[int, Meta(ge=0, description="Tokens of reasoning at most; then its end is forced.")] | UnsetType
     ) = UNSET
     thinking_token_budget: Annotated[int, Meta(ge=0, description="Another name of it.")] | UnsetType = UNSET
+
+
+class ResponseTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool as the Responses API has it; only functions are known."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedResponseTool(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="function"):
+    """The one tool that must be called, or one of those allowed."""
+
+    name: str
+
+
+class AllowedResponseTools(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"):
+    mode: Literal["auto", "required"]
+    tools: list[NamedResponseTool]
+
+
+class TextFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonObjectFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """JSON that fits the schema. name, description: labels."""
+
+    schema: dict[str, Any]
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseText(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the text of the response must be."""
+
+    format: TextFormat | JsonObjectFormat | JsonSchemaFormat = msgspec.field(default_factory=TextFormat)
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponseReasoning(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """effort: as reasoning_effort. Reasoning is told as it is, never summarised."""
+
+    effort: ReasoningEffort | None = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+
+
+class ResponsesStreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_obfuscation: Literal[False] = False
+
+
+class ResponsesRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/responses. Nothing is stored: the conversation comes whole with each request."""
+
+    model: str = "default"
+    input: Annotated[
+        str | list[dict[str, Any]], Meta(description="A text, or messages, calls, their outputs, reasoning.")
+    ]
+    instructions: Annotated[str, Meta(description="The system message.")] | UnsetType = UNSET
+    tools: Annotated[list[ResponseTool], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | AllowedResponseTools = "auto"
+    parallel_tool_calls: Annotated[bool, Meta(description="False: one call at most.")] = True
+    text: ResponseText = msgspec.field(default_factory=ResponseText)
+    reasoning: ResponseReasoning = msgspec.field(default_factory=ResponseReasoning)
+    max_output_tokens: Annotated[int, Meta(description="Tokens to generate at most.")] | UnsetType = UNSET
+    temperature: Annotated[float, Meta(description="0 = greedy.")] = 1.0
+    top_p: Annotated[float, Meta(description="Keep the likeliest tokens up to this probability; 1 = off.")] = 1.0
+    top_k: Annotated[int, Meta(description="Keep this many tokens; 0 or -1 = off.")] = 0
+    min_p: Annotated[float, Meta(description="Drop tokens below this share of the likeliest one's probability.")] = 0.0
+    seed: Annotated[int, Meta(description="Same seed, same request = same tokens.")] | UnsetType = UNSET
+    reasoning_budget: (
+        Annotated[int, Meta(ge=0, description="Tokens of reasoning at most; then its end is forced.")] | UnsetType
+    ) = UNSET
+    chat_template_kwargs: TemplateVariables = msgspec.field(default_factory=dict)
+    cache_salt: Annotated[str, Meta(description="Share cached prefixes only under the same salt.")] = ""
+    priority: Annotated[int, Meta(description="Lower runs earlier, and in place of higher ones that run.")] = 0
+    metadata: Annotated[dict[str, str], Meta(max_length=16, description="Labels; change nothing.")] = msgspec.field(
+        default_factory=dict
+    )
+    user: Annotated[str, Meta(description="A label; changes nothing.")] = ""
+    safety_identifier: Annotated[str, Meta(description="A label; changes nothing.")] = ""
+    stream: bool = False
+    stream_options: ResponsesStreamOptions | UnsetType = UNSET
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -282,6 +380,22 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
         "documents": (),
         "echo": (False,),
         "add_special_tokens": (False,),
+    },
+    ResponsesRequest: {
+        "background": (False,),
+        "context_management": (),
+        "conversation": (),
+        "include": ([],),
+        "max_tool_calls": (),
+        "previous_response_id": (),
+        "prompt": (),
+        "prompt_cache_key": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
     },
     TokenizeRequest: {},
     DetokenizeRequest: {},
@@ -414,6 +528,54 @@ class ChatCompletion(msgspec.Struct):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     timings: Timings | UnsetType = UNSET
+
+
+class InputTokensDetails(msgspec.Struct):
+    cached_tokens: int
+    cache_write_tokens: Literal[0] = 0
+
+
+class ResponseUsage(msgspec.Struct):
+    """Tokens of a response."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: CompletionTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(msgspec.Struct):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseObject(msgspec.Struct, kw_only=True):
+    """What POST /v1/responses answers, and what the first and last events of a stream carry."""
+
+    id: str
+    created_at: int
+    model: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    output: list[dict[str, Any]]
+    instructions: str | None
+    tools: list[ResponseTool]
+    tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | AllowedResponseTools
+    parallel_tool_calls: bool
+    text: ResponseText
+    reasoning: ResponseReasoning
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    metadata: dict[str, str]
+    user: str | None
+    usage: ResponseUsage | None = None
+    incomplete_details: IncompleteDetails | None = None
+    object: Literal["response"] = "response"
+    error: None = None
+    previous_response_id: None = None
+    background: Literal[False] = False
+    store: Literal[False] = False
+    truncation: Literal["disabled"] = "disabled"
 
 
 class Model(msgspec.Struct):

@@ -18,11 +18,17 @@ from starlette.types import Receive, Scope, Send
 from toka.errors import TokaError
 from toka.server.error_replies import error_body, error_detail
 from toka.server.generation import Generation, TokenEvent
-from toka.server.schemas import StreamOptions
+from toka.server.schemas import ErrorDetail, StreamOptions
 
 logger = logging.getLogger("toka.server")
 
 DONE = b"data: [DONE]\n\n"
+
+
+def _error_chunk(detail: ErrorDetail) -> bytes:
+    return b"data: " + error_body(detail) + b"\n\n"
+
+
 _FULL_SOCKET_GRACE_S = 2.0  # for the error chunk of a failed generation to leave, if the client reads at all
 
 Result = TypeVar("Result")
@@ -35,15 +41,18 @@ async def respond(
     abort: Callable[[], None],
     chunks: Callable[[AsyncIterator[list[TokenEvent]]], AsyncIterator[bytes]] | None,
     whole: Callable[[], msgspec.Struct],
+    error_chunk: Callable[[ErrorDetail], bytes] = _error_chunk,
+    done: bytes = DONE,
 ) -> Response:
     """The reply to a request whose generation runs: a stream of chunks if there is a maker of them, else `whole` at the end.
 
-    abort ends the generation in the engine; it is called if the client leaves and on any error, and may be called twice.
+    abort ends the generation in the engine; it is called if the client leaves and on any error, and may be called twice. error_chunk: how
+    a stream tells of an error; done: how it ends.
     """
     try:
         if chunks is not None:
             events = await while_connected(request.receive, first_events(generation), abort)
-            return EventStream(chunks(events), generation, abort)
+            return EventStream(chunks(events), generation, abort, error_chunk, done)
         await while_connected(request.receive, generation.finished(), abort)
     except BaseException:
         abort()
@@ -144,17 +153,25 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """A stream of chunks. chunks: made from the generation's events; on_end: called once, however the stream ends.
 
-    An error on the way becomes an error chunk; the last thing sent is `[DONE]`, unless the client is gone or stuck.
+    An error on the way becomes an error chunk; the last thing sent is `done`, unless the client is gone or stuck.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[bytes], generation: Generation, on_end: Callable[[], None]):
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        generation: Generation,
+        on_end: Callable[[], None],
+        error_chunk: Callable[[ErrorDetail], bytes],
+        done: bytes,
+    ):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
         self._generation = generation
         self._on_end = on_end
+        self._error_chunk, self._done = error_chunk, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.create_task(self._send_all(send))
@@ -182,10 +199,6 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except TokaError as error:
             _, detail, _ = error_detail(error)
-            await send({"type": "http.response.body", "body": _error_chunk(error_body(detail)), "more_body": True})
+            await send({"type": "http.response.body", "body": self._error_chunk(detail), "more_body": True})
         with contextlib.suppress(OSError):
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
-
-
-def _error_chunk(body: bytes) -> bytes:
-    return b"data: " + body + b"\n\n"
+            await send({"type": "http.response.body", "body": self._done, "more_body": False})

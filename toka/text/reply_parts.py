@@ -56,6 +56,15 @@ class Message:
     def content(self) -> str | None:
         return None if self.tool_calls and not self.text else self.text
 
+    def parts(self) -> list[Part]:
+        """The message as parts, each of them whole; calls come last."""
+        parts: list[Part] = [Reasoning(self.reasoning)] if self.reasoning else []
+        if self.text:
+            parts.append(Content(self.text))
+        for number, call in enumerate(self.tool_calls):
+            parts += [CallBegin(number, call.name), CallArguments(number, call.arguments)]
+        return parts
+
     def add(self, parts: Iterable[Part]) -> None:
         for part in parts:
             match part:

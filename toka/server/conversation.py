@@ -106,11 +106,11 @@ def fields_named(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        if error.param not in names:
+        ours = error.param
+        if ours is None or ours not in names:
             raise
-        name = names[error.param]
-        message = error.message.replace(error.param, name)
-        raise RequestError(message, name, status=error.status, code=error.code) from error
+        message = error.message.replace(ours, names[ours])
+        raise RequestError(message, names[ours], status=error.status, code=error.code) from error
 
 
 def adds_generation_prompt(body: ChatCompletionRequest | TokenizeRequest) -> bool:

@@ -102,6 +102,11 @@ class Sample:
     def finish_reason(self) -> str | None:
         return self._generated.finish_reason
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._generated.stop_string
+
     def take_prompt_score(self, score: TokenLogprob) -> None:
         """The next token of this sample's prompt is known, from its second on."""
         self._generation.prompt_scores[self.index // self._generation.samples_per_prompt].append(score)

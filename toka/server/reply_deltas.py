@@ -9,7 +9,7 @@ from typing import Any
 
 from toka.server.generation import Sample, TokenEvent
 from toka.server.schemas import AssistantMessage, CalledFunction, ToolCall
-from toka.text.reply_parts import CallArguments, CallBegin, Content, Part, Reasoning
+from toka.text.reply_parts import CallArguments, CallBegin, Content, Message, Part, Reasoning
 
 _ID_CHARS = string.ascii_letters + string.digits
 _ID_LENGTH = 9  # Mistral's templates refuse any other
@@ -41,9 +41,9 @@ def delta_of(parts: Sequence[Part]) -> dict[str, Any]:
     return delta
 
 
-def parts_of(sample: Sample) -> list[Part]:
+def said_by(sample: Sample) -> Message:
     """All that the sample says, whole."""
-    return [Content(sample.text)] if sample.reader is None else sample.reader.message.parts()
+    return Message(text=sample.text) if sample.reader is None else sample.reader.message
 
 
 def parts_of_event(sample: Sample, event: TokenEvent) -> Sequence[Part]:
@@ -54,10 +54,8 @@ def parts_of_event(sample: Sample, event: TokenEvent) -> Sequence[Part]:
 
 
 def message_of(sample: Sample) -> AssistantMessage:
-    """What the sample says, whole."""
-    if sample.reader is None:
-        return AssistantMessage(sample.text)
-    said = sample.reader.message
+    """What the sample says, as chat completions tell it."""
+    said = said_by(sample)
     message = AssistantMessage(said.content)
     if said.reasoning:
         message.reasoning = message.reasoning_content = said.reasoning
@@ -70,5 +68,4 @@ def message_of(sample: Sample) -> AssistantMessage:
 
 def finish_reason_of(sample: Sample, reason: str | None) -> str | None:
     """The reason as chat completions tell it: a reply that ends with calls ended for their sake."""
-    calls = sample.reader is not None and sample.reader.message.tool_calls
-    return "tool_calls" if calls and reason == "stop" else reason
+    return "tool_calls" if reason == "stop" and said_by(sample).tool_calls else reason

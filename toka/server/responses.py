@@ -20,7 +20,7 @@ from toka.server.body import read_body
 from toka.server.conversation import Conversation, ToolUse, fields_named, prepare, tool_of
 from toka.server.generation import Generation, TokenEvent
 from toka.server.openapi import describe
-from toka.server.reply_deltas import parts_of, parts_of_event
+from toka.server.reply_deltas import parts_of_event, said_by
 from toka.server.response_items import OutputItems, messages_of_items
 from toka.server.schemas import (
     AllowedResponseTools,
@@ -165,7 +165,7 @@ def _ended(response: ResponseObject, generation: Generation, items: OutputItems)
 def _whole(response: ResponseObject, generation: Generation) -> ResponseObject:
     [sample] = generation.samples
     items = OutputItems()
-    list(items.take(parts_of(sample)))
+    list(items.take(said_by(sample).parts()))
     list(items.finish("incomplete" if sample.finish_reason == "length" else "completed"))
     return _ended(response, generation, items)
 

@@ -315,6 +315,117 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     stream_options: ResponsesStreamOptions | UnsetType = UNSET
 
 
+class CacheControl(msgspec.Struct, forbid_unknown_fields=True):
+    """A hint that needs no heeding: prefixes are cached by themselves."""
+
+    type: Literal["ephemeral"]
+    ttl: str | None = None
+
+
+class TextBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    text: str
+    cache_control: CacheControl | None = None
+    citations: Annotated[list[Any], Meta(max_length=0)] | None = None
+
+
+class ThinkingBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="thinking"):
+    """The assistant's reasoning in an earlier turn. signature: of no meaning here."""
+
+    thinking: str
+    signature: str = ""
+
+
+class ToolUseBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_use"):
+    """A call that the assistant made."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+    caller: dict[str, Any] | None = None
+
+
+class ToolResultBlock(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
+    """What came of a call."""
+
+    tool_use_id: str
+    content: str | list[TextBlock] = ""
+    is_error: bool = False
+    cache_control: CacheControl | None = None
+
+
+class Turn(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A message as Anthropic's API has it."""
+
+    role: Literal["user", "assistant"]
+    content: str | list[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock]
+
+
+class MessagesTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool that the client runs; there are no others."""
+
+    name: FunctionName
+    input_schema: dict[str, Any]
+    description: str = ""
+    type: Literal["custom"] | None = None
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class MessagesToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """any: some tool must be called; tool: the one of this name."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str = ""
+    disable_parallel_tool_use: bool = False
+
+
+class Thinking(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """enabled: at most budget_tokens tokens of reasoning. adaptive: as the model likes. disabled: none."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: Annotated[int, Meta(ge=1)] | None = None
+    display: None = None
+
+
+class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the text of the reply must be; only a JSON schema is known."""
+
+    format: JsonSchemaFormat | None = None
+    effort: None = None
+
+
+class MessagesMetadata(msgspec.Struct, forbid_unknown_fields=True):
+    user_id: str | None = None
+
+
+class CountTokensRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/messages/count_tokens: how long the prompt of a conversation is."""
+
+    model: str = "default"
+    messages: Annotated[list[Turn], Meta(min_length=1)]
+    system: str | list[TextBlock] = ""
+    tools: Annotated[list[MessagesTool], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
+    tool_choice: MessagesToolChoice | UnsetType = UNSET
+    thinking: Thinking | UnsetType = UNSET
+    output_config: OutputConfig | UnsetType = UNSET
+    cache_control: CacheControl | UnsetType = UNSET
+
+
+class MessagesRequest(CountTokensRequest, kw_only=True):
+    """POST /v1/messages, Anthropic's API. A last message of the assistant is continued."""
+
+    max_tokens: Annotated[int, Meta(description="Tokens to generate at most.")]
+    temperature: Annotated[float, Meta(description="0 = greedy.")] = 1.0
+    top_p: Annotated[float, Meta(description="Keep the likeliest tokens up to this probability; 1 = off.")] = 1.0
+    top_k: Annotated[int, Meta(description="Keep this many tokens; 0 = off.")] = 0
+    stop_sequences: Annotated[list[str], Meta(description="Strings that end the text; not part of it.")] = (
+        msgspec.field(default_factory=list)
+    )
+    metadata: MessagesMetadata = msgspec.field(default_factory=MessagesMetadata)
+    stream: bool = False
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """POST /tokenize: either prompt or messages."""
 
@@ -361,6 +472,16 @@ _NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
 }
 
+_NEUTRAL_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "container": (),
+    "context_management": (),
+    "diagnostics": (),
+    "inference_geo": (),
+    "mcp_servers": ([],),
+    "service_tier": ("auto", "standard_only"),
+    "speed": ("standard",),
+}
+
 # Fields that are known but not built yet, with the values that change nothing; null is always one of them.
 NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     CompletionRequest: {
@@ -397,6 +518,8 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     },
+    CountTokensRequest: _NEUTRAL_MESSAGES,
+    MessagesRequest: _NEUTRAL_MESSAGES,
     TokenizeRequest: {},
     DetokenizeRequest: {},
 }
@@ -576,6 +699,32 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     background: Literal[False] = False
     store: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
+
+
+class MessagesUsage(msgspec.Struct):
+    """input_tokens: of the prompt, but for those read from the cache."""
+
+    input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: Literal[0] = 0
+
+
+class MessagesReply(msgspec.Struct, kw_only=True):
+    """What POST /v1/messages answers: text, thinking and tool_use blocks."""
+
+    id: str
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    usage: MessagesUsage
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+
+
+class CountTokensReply(msgspec.Struct):
+    input_tokens: int
 
 
 class Model(msgspec.Struct):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from adjusted_case import case
 from torch import Tensor
 from torch.export import Dim
 
@@ -65,6 +66,8 @@ def arguments(op: str, lens: list[int]) -> tuple[Any, ...]:
         angles = torch.randn(len(query), HEAD_DIM // 2)
         caches = given["key_cache"], given["value_cache"]
         return query, key, value, angles.cos(), angles.sin(), *caches, given["slots_T"]
+    if op == "adjust_logits":
+        return case(VOCAB_SIZE)
     if op != "sample":
         return product_arguments(op, len(query))
     return torch.randn(len(lens) + 1, VOCAB_SIZE), given["rows_R"], given["seq_lens_R"], *tables().values()

@@ -19,6 +19,9 @@ paged_attention: causal attention of query_THD [T, Hq, D] over the cache; return
 sample: draws one token id a row from logits_RV; returns int32 [R], and sets last_token[row] of every row >= 0. Tables of
     [max_rows]: temperature, top_p, min_p float32; top_k, held_back_until, last_token int32; seed int64;
     held_back_ids int32 [max_rows, 16]. The position of the token to be drawn is seq_lens_R[i]. See reference/sample.py.
+    Which tokens a grammar allows (both or none): masks_KW int32 [K, ceil(V / 32)], bit v % 32 of word v / 32 says whether token v may be
+    drawn; mask_of_R int32 [R], the place of each row's mask among them, -1 = any token may be drawn. A mask leaves the held-back ids
+    held back, unless it allows nothing else.
 adjust_logits: logits_SV [S, V] as rows that ask for it want them to be drawn from; returns float32 [S, V]. A place whose row is -1 is
     copied as it is. A row's tokens stand at the positions 0 .. seq_lens_S[i] - 1 of token_of_slot int32 [at least num_blocks * block_size],
     which is laid out as the KV cache is. Tables of [max_rows]: num_prompt_tokens int32, of which the row's tokens are the prompt;
@@ -59,7 +62,8 @@ SCHEMAS: dict[str, str] = {
     ),
     "sample": (
         "(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
-        "Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor(a!) last_token) -> Tensor"
+        "Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor(a!) last_token, Tensor? masks_KW=None, "
+        "Tensor? mask_of_R=None) -> Tensor"
     ),
     "adjust_logits": (
         "(Tensor logits_SV, Tensor rows_S, Tensor seq_lens_S, Tensor token_of_slot, Tensor block_table, "

@@ -76,6 +76,23 @@ class Scoring:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskedDraws:
+    """Which tokens of a step a grammar limits: their masks follow the plan (TokenMasks), for they depend on tokens that earlier steps have
+    yet to draw.
+
+    drawn: bool [D], of the tokens that the step draws, in the order of their rows. request_ids: int64 [C], of those among them that are
+    masked, in the same order.
+    """
+
+    drawn: npt.NDArray[np.bool_]
+    request_ids: I64
+
+
+TokenMasks = npt.NDArray[np.int32]
+"""What may be drawn, for each of the C masked draws of a step: int32 [C, ceil(V / 32)], bit v % 32 of word v / 32 for token v."""
+
+
+@dataclass(frozen=True, slots=True)
 class BatchPlan:
     """One step.
 
@@ -87,7 +104,7 @@ class BatchPlan:
     samples: bool [R], whether the token drawn after row i's last token is wanted (False in the middle of a prefill).
     table, settings: changes of the tables on the device, applied in this order before the step runs.
     shared: which rows share a prefix, None = none do. It says how attention may be computed, not what.
-    scoring: None where nobody asks for logprobs.
+    scoring: None where nobody asks for logprobs. masked: None where no grammar limits what is drawn.
     """
 
     step: int
@@ -100,6 +117,7 @@ class BatchPlan:
     settings: RowSettings
     shared: SharedPrefixPlan | None = None
     scoring: Scoring | None = None
+    masked: MaskedDraws | None = None
 
     @property
     def num_rows(self) -> int:

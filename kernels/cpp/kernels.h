@@ -18,7 +18,8 @@ Tensor paged_attention(Tensor query_THD, Tensor key_cache, Tensor value_cache, T
                        std::optional<Tensor> shared_lens);
 
 Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p,
-              Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token);
+              Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token,
+              std::optional<Tensor> masks_KW, std::optional<Tensor> mask_of_R);
 
 Tensor adjust_logits(Tensor logits_SV, Tensor rows_S, Tensor seq_lens_S, Tensor token_of_slot, Tensor block_table,
                      Tensor num_prompt_tokens, Tensor penalties, Tensor bias_ids, Tensor biases, Tensor bad_words,

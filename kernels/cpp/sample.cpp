@@ -22,6 +22,11 @@ struct Settings {
   int64_t seed;
   const int32_t* held_back;  // ids that can't be drawn now
   int64_t num_held_back;
+  const int32_t* mask;  // one bit a token: whether it may be drawn; nullptr = all may
+
+  bool in_mask(int64_t id) const { return mask == nullptr || (static_cast<uint32_t>(mask[id / 32]) >> (id % 32) & 1) != 0; }
+
+  bool is_held_back(int64_t id) const { return std::find(held_back, held_back + num_held_back, id) != held_back + num_held_back; }
 };
 
 struct Candidate {
@@ -108,9 +113,9 @@ class Sampler {
   template <typename T>
   int32_t sample(const T* logits, int64_t vocab_size, const Settings& settings, int64_t position) {
     const bool greedy = settings.temperature == 0.0f;
-    if (greedy && settings.num_held_back == 0) return std::max(0, argmax(logits, vocab_size));
+    if (greedy && settings.num_held_back == 0 && settings.mask == nullptr) return std::max(0, argmax(logits, vocab_size));
     const float largest = copy_drawable(logits, vocab_size, settings);
-    if (largest == -kInfinity) return lowest_not_held_back(vocab_size, settings);
+    if (largest == -kInfinity) return lowest_allowed(vocab_size, settings);
     if (greedy) return argmax(logits_.data(), vocab_size);
     weigh(largest, settings.temperature);
     const double u = uniform(settings.seed, position);
@@ -137,15 +142,35 @@ class Sampler {
       const int32_t id = settings.held_back[i];
       if (id >= 0 && id < vocab_size) logits_[id] = -kInfinity;
     }
+    if (settings.mask != nullptr) drop_masked(vocab_size, settings.mask);
     vfloat largest = broadcast(-kInfinity);
     for (int64_t i = 0; i < padded; i += kLanes) largest = max(load(logits_.data() + i), largest);
     return max_of(largest);
   }
 
-  static int32_t lowest_not_held_back(int64_t vocab_size, const Settings& settings) {
-    const int32_t* end = settings.held_back + settings.num_held_back;
+  // Most words of a mask allow all of their tokens or none.
+  void drop_masked(int64_t vocab_size, const int32_t* mask) {
+    for (int64_t first = 0; first < vocab_size; first += 32) {
+      const uint32_t word = static_cast<uint32_t>(mask[first / 32]);
+      if (word == ~0u) continue;
+      const int64_t end = std::min<int64_t>(first + 32, vocab_size);
+      if (word == 0) {
+        std::fill(logits_.begin() + first, logits_.begin() + end, -kInfinity);
+        continue;
+      }
+      for (int64_t id = first; id < end; ++id) {
+        if ((word >> (id - first) & 1) == 0) logits_[id] = -kInfinity;
+      }
+    }
+  }
+
+  // For a row in which nothing can be drawn.
+  static int32_t lowest_allowed(int64_t vocab_size, const Settings& settings) {
     for (int32_t id = 0; id < vocab_size; ++id) {
-      if (std::find(settings.held_back, end, id) == end) return id;
+      if (settings.in_mask(id) && !settings.is_held_back(id)) return id;
+    }
+    for (int32_t id = 0; id < vocab_size; ++id) {
+      if (settings.in_mask(id)) return id;
     }
     return 0;
   }
@@ -178,8 +203,10 @@ class Sampler {
       std::nth_element(ranked_.begin(), ranked_.begin() + num_kept - 1, ranked_.end(), before);
     }
     if (use_top_p) num_kept = rank_to_mass(num_kept, static_cast<double>(settings.top_p), use_top_k ? -1.0 : all_mass);
-    const Candidate last = ranked_[num_kept - 1];
-    kept_.erase(std::remove_if(kept_.begin(), kept_.end(), [&](const Candidate& c) { return before(last, c); }), kept_.end());
+    if (num_kept < static_cast<int64_t>(ranked_.size())) {  // else nothing is ranked
+      const Candidate last = ranked_[num_kept - 1];
+      kept_.erase(std::remove_if(kept_.begin(), kept_.end(), [&](const Candidate& c) { return before(last, c); }), kept_.end());
+    }
 
     std::fill_n(weights_.data(), (kept_.size() + kBlock - 1) / kBlock * kBlock, 0.0f);
     for (size_t i = 0; i < kept_.size(); ++i) weights_[i] = kept_[i].weight;
@@ -259,7 +286,8 @@ class Sampler {
 }  // namespace
 
 Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p,
-              Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token) {
+              Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token,
+              std::optional<Tensor> masks_KW, std::optional<Tensor> mask_of_R) {
   const Tensor logits_dense = dense_last(logits_RV);
   const auto rows = table<int32_t>(rows_R, 1, ScalarType::Int, "rows");
   const auto seq_lens = table<int32_t>(seq_lens_R, 1, ScalarType::Int, "seq_lens");
@@ -280,6 +308,15 @@ Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor tempera
     STD_TORCH_CHECK(settings.size(0) == max_rows, "the tables of sampling settings must have one length");
   }
   for (int64_t i = 0; i < num_rows; ++i) STD_TORCH_CHECK(*rows.at(i) < max_rows, "row ", *rows.at(i), " is outside of the tables");
+  STD_TORCH_CHECK(masks_KW.has_value() == mask_of_R.has_value(), "masks and the rows' places among them come together");
+  View<const int32_t> masks{}, mask_of{};
+  if (masks_KW.has_value()) {
+    masks = table<int32_t>(*masks_KW, 2, ScalarType::Int, "masks");
+    mask_of = table<int32_t>(*mask_of_R, 1, ScalarType::Int, "mask_of");
+    STD_TORCH_CHECK(mask_of.sizes[0] == num_rows && masks.sizes[1] == (logits_dense.size(1) + 31) / 32,
+                    "there must be a place for each row, and a bit for each token of the vocabulary");
+    for (int64_t i = 0; i < num_rows; ++i) STD_TORCH_CHECK(*mask_of.at(i) < masks.sizes[0], "mask ", *mask_of.at(i), " does not exist");
+  }
 
   Tensor sampled_R = empty({num_rows}, ScalarType::Int);
   const auto sampled = view<int32_t>(sampled_R, 1, "sampled");
@@ -295,8 +332,10 @@ Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor tempera
         *sampled.at(i) = 0;
         if (row < 0) continue;
         const bool holding = position < *until.at(row);
+        const int64_t mask = masks_KW.has_value() ? *mask_of.at(i) : -1;
         const Settings settings{*temperatures.at(row), *top_ps.at(row),   *min_ps.at(row),   *top_ks.at(row),
-                                *seeds.at(row),        held_back.at(row), holding ? held_back.sizes[1] : 0};
+                                *seeds.at(row),        held_back.at(row), holding ? held_back.sizes[1] : 0,
+                                mask < 0 ? nullptr : masks.at(mask)};
         const int32_t token = sampler.sample(logits.at(i), vocab_size, settings, position);
         *sampled.at(i) = *last.at(row) = token;
       }

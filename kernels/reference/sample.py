@@ -1,10 +1,12 @@
 """Reference of `toka::sample`: each row by itself, with a full sort.
 
-Order of the filters: held-back ids, temperature, top_k, top_p over what top_k left, min_p, then one draw by inverse CDF over the
+Order of the filters: mask and held-back ids, temperature, top_k, top_p over what top_k left, min_p, then one draw by inverse CDF over the
 kept tokens in the order of their ids. NaN and -inf logits can't be drawn, +inf counts as the largest finite float. A row in which
-nothing can be drawn gives the lowest id that is not held back.
+nothing can be drawn gives the lowest id that is allowed: that the mask allows and that is not held back; failing that, that the mask
+allows; failing that, 0.
 
-Legend: R rows, V vocabulary, N tokens that can be drawn, in descending order of logit, equals in ascending order of id.
+Legend: R rows, V vocabulary, K masks, W words of a mask, N tokens that can be drawn, in descending order of logit, equals in ascending
+order of id.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ def sample(
     held_back_ids: Tensor,
     held_back_until: Tensor,
     last_token: Tensor,
+    masks_KW: Tensor | None = None,
+    mask_of_R: Tensor | None = None,
 ) -> Tensor:
     """One token id a row, int32 [R]; also sets last_token[row]. Padded rows give 0 and set nothing. See op_schema.py."""
     sampled_R = torch.zeros_like(rows_R, dtype=torch.int32)
@@ -37,14 +41,16 @@ def sample(
         if row < 0:
             continue
         logits_V = _drawable(logits_RV[i])
+        masked_V = allowed_V = _in_mask(masks_KW, mask_of_R, i, logits_V)
         if int(seq_lens_R[i]) < int(held_back_until[row]):
             held = held_back_ids[row][(held_back_ids[row] >= 0) & (held_back_ids[row] < len(logits_V))].long()
-            logits_V[held] = float("-inf")
-            fallback = _lowest_other(held, len(logits_V))
-        else:
-            fallback = 0
+            allowed_V = masked_V.clone()
+            allowed_V[held] = False
+        logits_V[~allowed_V] = float("-inf")
         if bool((logits_V == float("-inf")).all()):
-            token = fallback
+            token = int(
+                (allowed_V if allowed_V.any() else masked_V).int().argmax()
+            )  # the first that is allowed, else 0
         elif float(temperature[row]) == 0.0:
             token = int(logits_V.argmax())  # the first of equals
         else:
@@ -66,9 +72,12 @@ def _drawable(logits_V: Tensor) -> Tensor:
     return torch.nan_to_num(logits_V.float(), nan=float("-inf"), posinf=_LARGEST, neginf=float("-inf"))
 
 
-def _lowest_other(held: Tensor, vocab_size: int) -> int:
-    taken = set(held.tolist())
-    return next((token for token in range(vocab_size) if token not in taken), 0)
+def _in_mask(masks_KW: Tensor | None, mask_of_R: Tensor | None, i: int, logits_V: Tensor) -> Tensor:
+    """Which tokens the mask of place i allows; bool [V]."""
+    if masks_KW is None or mask_of_R is None or int(mask_of_R[i]) < 0:
+        return torch.ones_like(logits_V, dtype=torch.bool)
+    bits_W32 = (masks_KW[int(mask_of_R[i])][:, None] >> torch.arange(32, device=masks_KW.device)) & 1
+    return bits_W32.reshape(-1)[: len(logits_V)].bool()
 
 
 def _draw(logits_V: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: Tensor, u: float) -> int:

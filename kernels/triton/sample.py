@@ -68,8 +68,10 @@ def sample(
     held_back_ids: Tensor,
     held_back_until: Tensor,
     last_token: Tensor,
+    masks_KW: Tensor | None = None,
+    mask_of_R: Tensor | None = None,
 ) -> Tensor:
-    """As op_schema.py says.
+    """As op_schema.py says. Without masks the kernels are others, which know of none.
 
     Raises ConfigError for a vocabulary above MAX_VOCAB_SIZE, or an empty one; InvariantError for a table with gaps.
     """
@@ -93,6 +95,9 @@ def sample(
         "held_back_until_ptr": held_back_until,
         "last_token_ptr": last_token,
         "sampled_ptr": sampled_R,
+        # Without masks, pointers that are never followed.
+        "masks_ptr": rows_R if masks_KW is None else masks_KW,
+        "mask_of_ptr": rows_R if mask_of_R is None else mask_of_R,
     }
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
@@ -101,13 +106,14 @@ def sample(
             )
 
     parameters = TABLE.lookup("sample", capability_of(logits_RV.device), (vocab_size,))
-    constants = _constants(parameters, vocab_size, held_back_ids.shape[1])
+    constants = _constants(parameters, vocab_size, held_back_ids.shape[1], masked=masks_KW is not None)
     arguments = {
         "logits_ptr": logits_RV,
         **tensors,
         **_workspace(num_rows, constants["NUM_CHUNKS"], constants["LIST_CAPACITY"], logits_RV.device),
         "vocab_size": vocab_size,
         "logits_stride": logits_RV.stride(0),
+        "num_words": triton.cdiv(vocab_size, 32),
         **constants,
     }
     for kernel, options in _launches(parameters):
@@ -125,20 +131,20 @@ def _launches(parameters: LaunchParameters) -> list[tuple[Any, dict[str, int]]]:
     ]
 
 
-def _constants(parameters: LaunchParameters, vocab_size: int, num_held: int) -> dict[str, int]:
+def _constants(parameters: LaunchParameters, vocab_size: int, num_held: int, *, masked: bool) -> dict[str, int]:
     num_chunks = triton.cdiv(vocab_size, parameters["CHUNK"])
     return {
         **dict(parameters.constants),
         "NUM_CHUNKS": num_chunks,
         "CHUNKS_BLOCK": triton.next_power_of_2(num_chunks),
         "NUM_HELD": num_held,
-        "FREE_BLOCK": triton.next_power_of_2(num_held + 1),
+        "MASKED": masked,
     }
 
 
 def workspace_bytes(num_rows: int, vocab_size: int) -> int:
     """What the operator takes beside its result while it runs, with the shipped launch parameters."""
-    constants = _constants(_candidates((9, 0), (vocab_size,))[0], vocab_size, num_held=0)
+    constants = _constants(_candidates((9, 0), (vocab_size,))[0], vocab_size, num_held=0, masked=False)
     buffers = _workspace(num_rows, constants["NUM_CHUNKS"], constants["LIST_CAPACITY"], torch.device("meta"))
     return sum(tensor.nbytes for tensor in buffers.values())
 
@@ -159,10 +165,10 @@ def _workspace(num_rows: int, num_chunks: int, list_capacity: int, device: torch
     }
 
 
-def _compile_cases(dtype: str, vocab_size: int) -> list[CompileCase]:
+def _compile_cases(dtype: str, vocab_size: int, *, masked: bool = False) -> list[CompileCase]:
     """The kernels as the shipped parameters launch them."""
     parameters = _candidates((9, 0), (vocab_size,))[0]
-    known = _constants(parameters, vocab_size, num_held=16)
+    known = _constants(parameters, vocab_size, num_held=16, masked=masked)
     floats = ("temperature_ptr", "top_p_ptr", "min_p_ptr", "max_ptr", "cut_ptr")
     cases = []
     for kernel, options in _launches(parameters):
@@ -175,7 +181,7 @@ def _compile_cases(dtype: str, vocab_size: int) -> list[CompileCase]:
         }
         cases.append(
             CompileCase(
-                name=f"sample: {kernel.__name__} {dtype}, {vocab_size} tokens",
+                name=f"sample: {kernel.__name__} {dtype}, {vocab_size} tokens{', masks' if masked else ''}",
                 kernel=kernel,
                 signature=signature_of(kernel, types, constants),
                 constants=constants,
@@ -185,4 +191,8 @@ def _compile_cases(dtype: str, vocab_size: int) -> list[CompileCase]:
     return cases
 
 
-COMPILE_CASES = [*_compile_cases("bf16", 128_256), *_compile_cases("fp32", 262_144)]
+COMPILE_CASES = [
+    *_compile_cases("bf16", 128_256),
+    *_compile_cases("fp32", 262_144),
+    *_compile_cases("bf16", 128_256, masked=True),
+]

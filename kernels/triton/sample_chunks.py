@@ -13,6 +13,7 @@ from toka.kernels.triton.sample_logits import (
     LARGEST,
     NO_ID,
     PLAIN,
+    grammar_of,
     inverse_of,
     kind_of,
     load_logits,
@@ -33,12 +34,16 @@ def chunk_max_kernel(
     seq_lens_ptr,
     held_back_ids_ptr,
     held_back_until_ptr,
+    masks_ptr,
+    mask_of_ptr,
     max_ptr,
     argmax_ptr,
     vocab_size,
     logits_stride,
+    num_words,
     NUM_CHUNKS: tl.constexpr,
     NUM_HELD: tl.constexpr,
+    MASKED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """One program a chunk and row: its largest logit and the lowest id that has it."""
@@ -48,7 +53,9 @@ def chunk_max_kernel(
         num_held = tl.where(tl.load(seq_lens_ptr + i) < tl.load(held_back_until_ptr + row), NUM_HELD, 0)
         id_C = chunk * CHUNK + tl.arange(0, CHUNK)
         row_ptr = logits_ptr + i.to(tl.int64) * logits_stride
-        logit_C = load_logits(row_ptr, id_C, id_C < vocab_size, held_back_ids_ptr + row * NUM_HELD, num_held)
+        grammar = grammar_of(i, masks_ptr, mask_of_ptr, num_words, MASKED)
+        held_ptr = held_back_ids_ptr + row * NUM_HELD
+        logit_C = load_logits(row_ptr, id_C, id_C < vocab_size, held_ptr, num_held, grammar, MASKED)
         largest = tl.max(logit_C, axis=0)
         tl.store(max_ptr + i * NUM_CHUNKS + chunk, largest)
         tl.store(argmax_ptr + i * NUM_CHUNKS + chunk, tl.min(tl.where(logit_C == largest, id_C, NO_ID), axis=0))
@@ -72,15 +79,19 @@ def chunk_mass_kernel(
     min_p_ptr,
     held_back_ids_ptr,
     held_back_until_ptr,
+    masks_ptr,
+    mask_of_ptr,
     max_ptr,
     cut_ptr,
     mass_ptr,
     count_ptr,
     vocab_size,
     logits_stride,
+    num_words,
     NUM_CHUNKS: tl.constexpr,
     CHUNKS_BLOCK: tl.constexpr,
     NUM_HELD: tl.constexpr,
+    MASKED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """One program a chunk and row: units and number of its tokens from each cut upwards; of a plain row its units only, after min_p.
@@ -96,7 +107,9 @@ def chunk_mass_kernel(
             num_held = tl.where(tl.load(seq_lens_ptr + i) < tl.load(held_back_until_ptr + row), NUM_HELD, 0)
             id_C = chunk * CHUNK + tl.arange(0, CHUNK)
             row_ptr = logits_ptr + i.to(tl.int64) * logits_stride
-            logit_C = load_logits(row_ptr, id_C, id_C < vocab_size, held_back_ids_ptr + row * NUM_HELD, num_held)
+            grammar = grammar_of(i, masks_ptr, mask_of_ptr, num_words, MASKED)
+            held_ptr = held_back_ids_ptr + row * NUM_HELD
+            logit_C = load_logits(row_ptr, id_C, id_C < vocab_size, held_ptr, num_held, grammar, MASKED)
             temperature = tl.load(temperature_ptr + row)
             weight_C = weight_of(logit_C, largest, inverse_of(temperature))
             units_C = units_of(weight_C)
@@ -152,6 +165,8 @@ def list_kernel(
     top_p_ptr,
     held_back_ids_ptr,
     held_back_until_ptr,
+    masks_ptr,
+    mask_of_ptr,
     max_ptr,
     cut_ptr,
     mass_ptr,
@@ -159,9 +174,11 @@ def list_kernel(
     list_ptr,
     vocab_size,
     logits_stride,
+    num_words,
     NUM_CHUNKS: tl.constexpr,
     CHUNKS_BLOCK: tl.constexpr,
     NUM_HELD: tl.constexpr,
+    MASKED: tl.constexpr,
     LIST_CAPACITY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -181,7 +198,9 @@ def list_kernel(
                 num_held = tl.where(tl.load(seq_lens_ptr + i) < tl.load(held_back_until_ptr + row), NUM_HELD, 0)
                 id_C = chunk * CHUNK + tl.arange(0, CHUNK)
                 row_ptr = logits_ptr + i.to(tl.int64) * logits_stride
-                logit_C = load_logits(row_ptr, id_C, id_C < vocab_size, held_back_ids_ptr + row * NUM_HELD, num_held)
+                grammar = grammar_of(i, masks_ptr, mask_of_ptr, num_words, MASKED)
+                held_ptr = held_back_ids_ptr + row * NUM_HELD
+                logit_C = load_logits(row_ptr, id_C, id_C < vocab_size, held_ptr, num_held, grammar, MASKED)
                 listed_C = logit_C >= tl.load(cut_ptr + i * NUM_CUTS + cut)
                 place_C = num_before + tl.cumsum(listed_C.to(tl.int32), axis=0) - 1
                 tl.store(list_ptr + i * LIST_CAPACITY + place_C, id_C, mask=listed_C)

@@ -46,8 +46,29 @@ def drawable(logit):
 
 
 @triton.jit
-def load_logits(logits_ptr, id_N, mask_N, held_ptr, num_held):
-    """Logits of one row as float32: -inf for what can't be drawn (NaN, the held-back ids, beyond the mask), no +inf, no -0."""
+def grammar_of(i, masks_ptr, mask_of_ptr, num_words, MASKED: tl.constexpr):
+    """Where the mask of place i begins, and how many words it has: 0 = any token may be drawn."""
+    mask = tl.load(mask_of_ptr + i) if MASKED else -1
+    return masks_ptr + tl.maximum(mask, 0).to(tl.int64) * num_words, tl.where(mask >= 0, num_words, 0)
+
+
+@triton.jit
+def is_in_mask(id_N, grammar, MASKED: tl.constexpr):
+    """Whether the grammar allows each of these ids (none of them negative). grammar: see grammar_of."""
+    words_ptr, num_words = grammar
+    if MASKED:
+        word_N = tl.load(words_ptr + (id_N >> 5), mask=(id_N >> 5) < num_words, other=-1)
+        return ((word_N >> (id_N & 31)) & 1) != 0
+    else:
+        return id_N >= 0
+
+
+@triton.jit
+def load_logits(logits_ptr, id_N, mask_N, held_ptr, num_held, grammar, MASKED: tl.constexpr):
+    """Logits of one row as float32: -inf for what can't be drawn (NaN, the held-back ids, what the grammar forbids, beyond mask_N), no
+    +inf, no -0."""
+    if MASKED:
+        mask_N = mask_N & is_in_mask(id_N, grammar, MASKED)
     logit_N = drawable(tl.load(logits_ptr + id_N, mask=mask_N, other=float("-inf")))
     for i in range(0, num_held):
         logit_N = tl.where(id_N == tl.load(held_ptr + i), float("-inf"), logit_N)

@@ -50,6 +50,26 @@ def sample(
     return sampled.tolist()
 
 
+def words(num_words: int, *allowed: int) -> list[int]:
+    """The words of a mask that allows these ids, as the int32 of the operator."""
+    bits = sum(1 << token for token in allowed)
+    return [
+        (bits >> 32 * word & 0xFFFFFFFF) - (1 << 32 if bits >> 32 * word + 31 & 1 else 0) for word in range(num_words)
+    ]
+
+
+def masked(
+    implementation: Implementation, logits_RV: Tensor, tables: Tables, masks: list[list[int]], mask_of: list[int]
+) -> list[int]:
+    """Ids of rows 0 .. R - 1 at position 9."""
+    rows_R = torch.arange(len(mask_of), dtype=torch.int32)
+    masks_KW, mask_of_R = torch.tensor(masks, dtype=torch.int32), torch.tensor(mask_of, dtype=torch.int32)
+    positions_R = torch.full_like(rows_R, 9)
+    sampled = implementation.overload(logits_RV, rows_R, positions_R, *vars(tables).values(), masks_KW, mask_of_R)
+    assert torch.equal(tables.last_token[: len(rows_R)], sampled)
+    return sampled.tolist()
+
+
 def draws(implementation: Implementation, logits_V: list[float], tables: Tables, count: int = 400) -> set[int]:
     """The ids that turn up when one row draws at many positions."""
     logits_RV = torch.tensor([logits_V]).expand(count, -1)
@@ -109,6 +129,12 @@ def test_greedy_takes_the_lowest_of_equals(implementation: Implementation) -> No
     logits_RV = torch.zeros(2, 200)
     logits_RV[0, [150, 33, 70]] = 5.0
     assert sample(implementation, logits_RV, Tables(temperature=full(0.0)), rows=[2, 4], positions=[9, 9]) == [33, 0]
+
+
+@every
+def test_top_k_beyond_what_can_be_drawn_keeps_all_of_it(implementation: Implementation) -> None:
+    inf = float("inf")
+    assert draws(implementation, [1.0, -inf, 3.0, -inf, 2.0, -inf], Tables(top_k=full(4, torch.int32))) == {0, 2, 4}
 
 
 @every
@@ -207,3 +233,62 @@ def test_bad_arguments_are_refused() -> None:
         op(torch.zeros(1, 4), rows, positions, *vars(replace(tables, seed=full(0, torch.int32))).values())
     with pytest.raises(RuntimeError, match="vocabulary must not be empty"):
         op(torch.zeros(1, 0), rows, positions, *vars(tables).values())
+
+
+@every_fast
+@pytest.mark.parametrize("vocab_size", [1, 31, 64, 1000, 49_152])
+@pytest.mark.parametrize("density", [0.001, 0.5, 0.999])
+def test_masked_draws_are_those_of_the_reference(
+    implementation: Implementation, vocab_size: int, density: float
+) -> None:
+    """Every filter, over what random masks leave, for some rows; two rows share a mask and some have none."""
+    random = torch.Generator().manual_seed(vocab_size)
+    logits_RV = torch.randn(MAX_ROWS, vocab_size, generator=random)
+    num_words = -(-vocab_size // 32)
+    masks = [
+        words(num_words, *torch.nonzero(torch.rand(vocab_size, generator=random) < density).flatten().tolist())
+        for _ in range(4)
+    ]
+    tables = Tables(
+        temperature=torch.tensor([0.0, 0.0, 0.6, 1.0, 0.7, 1.5, 1.0, 0.3]),
+        top_k=torch.tensor([0, 0, 0, 50, 20, 3, 10**9, 1], dtype=torch.int32),
+        top_p=torch.tensor([1.0, 1.0, 0.9, 1.0, 0.8, 0.95, 0.999, 0.5]),
+        held_back_ids=torch.arange(MAX_HELD_BACK, dtype=torch.int32).expand(MAX_ROWS, -1).contiguous(),
+        held_back_until=torch.tensor([0, 10, 0, 10, 0, 10, 0, 10], dtype=torch.int32),
+    )
+    mask_of = [0, 1, -1, 2, 3, 3, -1, 0]
+    reference = implementations("sample")[-1]
+    expected = masked(reference, logits_RV, replace(tables, last_token=full(-7, torch.int32)), masks, mask_of)
+    assert masked(implementation, logits_RV, tables, masks, mask_of) == expected
+
+
+@every
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_what_the_mask_allows_is_drawn(implementation: Implementation, temperature: float) -> None:
+    """Also where it is the least likely, ids beyond the vocabulary's last full word, and a row without a mask."""
+    logits_RV = torch.linspace(30, -30, 70).expand(4, -1)
+    masks = [words(3, 69), words(3, 33, 40, 41), words(3, *range(70))]
+    tables = Tables(temperature=full(temperature))
+    sampled = masked(implementation, logits_RV, tables, masks, [0, 1, 2, -1])
+    assert sampled[0] == 69 and sampled[1] == 33 and sampled[2] < 9 and sampled[3] < 9
+
+
+@every
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_nothing_can_be_drawn_the_grammar_is_kept(implementation: Implementation, temperature: float) -> None:
+    """The lowest id that is allowed and not held back; a mask of held-back ids alone counts more than min_tokens; and no mask is empty."""
+    logits_RV = torch.zeros(4, 70)
+    logits_RV[:2] = float("-inf")
+    tables = Tables(temperature=full(temperature), held_back_until=full(10, torch.int32))
+    tables.held_back_ids[:, :2] = torch.tensor([33, 66], dtype=torch.int32)
+    masks = [words(3, 33, 40, 66), words(3, 33, 66), words(3)]
+    assert masked(implementation, logits_RV, tables, masks, [0, 1, 1, 2]) == [40, 33, 33, 0]
+
+
+def test_masks_of_the_wrong_size_are_refused() -> None:
+    logits_RV = torch.zeros(2, 70)
+    arguments = [torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), *vars(Tables()).values()]
+    ones = [torch.ones(size, dtype=torch.int32) for size in ((2, 2), (2, 3), (2,), (3,))]
+    for masks, mask_of in ((ones[0], 0 * ones[2]), (ones[1], 0 * ones[3]), (ones[1], 2 * ones[2]), (ones[1], None)):
+        with pytest.raises(RuntimeError, match=r"mask|place"):
+            torch.ops.toka_cpp.sample(logits_RV, *arguments, masks, mask_of)

@@ -4,7 +4,8 @@ The fake model keeps one number per KV slot: a hash of the whole prefix up to it
 a real model's KV depends on all tokens before. The next token depends on the numbers of all positions, read through the
 device's own block table. So a stale, shared or misplaced block, a wrong position or a lost token changes the output,
 and each request's output is compared with what the same model says of the request alone. So are its logprobs, which
-are numbers made of the same sums.
+are numbers made of the same sums. A grammar here says of some places of the output, before anything is drawn, which
+token stands there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 from toka.messages import FinishReason, Submit, pack_tokens
-from toka.params import MAX_LOGPROBS, SamplingParams
+from toka.params import MAX_LOGPROBS, SamplingParams, StructuredOutput
 from toka.plan import MAX_SHARED_LEVELS, BatchPlan, SharedPrefixPlan, StepLogprobs, StepResult
 from toka.scheduler.admission import AdmissionPolicy
 from toka.scheduler.config import SchedulerConfig
@@ -54,11 +55,21 @@ def likelihood(total: int, token: int) -> float:
     return -(mix(total & MASK, token) % 2**20) / 2**8
 
 
+def forced_tokens(seed: int, length: int) -> list[int | None]:
+    """A grammar: the token at each place of the output, None where any may be drawn; runs of either kind."""
+    places: list[int | None] = []
+    while len(places) < length:
+        number = mix(seed, len(places))
+        run = 1 + number // 2 % 6
+        places += [(number // 16 + i) % VOCAB for i in range(run)] if number % 2 else [None] * (run // 2 + 1)
+    return places[:length]
+
+
 @dataclass
 class Wanted:
     """One request as the client sees it. num_logprobs, num_prompt_logprobs: as asked for; -1 = none.
 
-    scores, prompt_scores: (token, logprob) of generated tokens and of the prompt's, as they came.
+    forced: see forced_tokens. scores, prompt_scores: (token, logprob) of generated tokens and of the prompt's, as they came.
     """
 
     prompt: list[int]
@@ -73,8 +84,14 @@ class Wanted:
     cached: int = -1
     num_logprobs: int = -1
     num_prompt_logprobs: int = -1
+    forced: list[int | None] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
     prompt_scores: list[tuple[int, float]] = field(default_factory=list)
+
+    def next_forced(self) -> list[int]:
+        """The tokens that must come next, up to the first place with a choice."""
+        known = self.forced[len(self.got) :]
+        return [token for token in itertools.takewhile(lambda token: token is not None, known) if token is not None]
 
     def alone_scores(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
         """What should be known of its prompt and of its tokens."""
@@ -101,7 +118,8 @@ class Wanted:
             return out, FinishReason.LENGTH
         while True:
             held_back = self.stop_ids if len(out) < self.min_tokens else ()
-            token = draw(total, self.seed, len(self.prompt) + len(out), held_back)
+            forced = self.forced[len(out)] if self.forced else None
+            token = draw(total, self.seed, len(self.prompt) + len(out), held_back) if forced is None else forced
             out.append(token)
             if token in self.stop_ids:
                 return out, FinishReason.STOP
@@ -123,7 +141,8 @@ class FakeDevice:
         self.held_back: list[tuple[tuple[int, ...], int]] = [((), 0)] * config.max_rows
         self.salt_of_seed = salt_of_seed
 
-    def run(self, plan: BatchPlan) -> StepResult:
+    def run(self, plan: BatchPlan, forced: dict[int, int]) -> StepResult:
+        """forced: what the masks of some rows leave to draw."""
         self.table[plan.table.rows, plan.table.columns] = plan.table.blocks
         settings = plan.settings
         for i, row in enumerate(settings.rows.tolist()):
@@ -141,7 +160,8 @@ class FakeDevice:
                 length = int(plan.seq_lens[i])
                 total = sum(self.kv[self.slot(row, position)] for position in range(length))
                 ids, until = self.held_back[row]
-                sampled[i] = self.last[row] = draw(total, self.seed[row], length, ids if length < until else ())
+                drawn = draw(total, self.seed[row], length, ids if length < until else ())
+                sampled[i] = self.last[row] = forced.get(row, drawn)
         return StepResult(plan.step, sampled, self._logprobs(plan, sampled))
 
     def _logprobs(self, plan: BatchPlan, sampled: np.ndarray) -> StepLogprobs | None:
@@ -186,6 +206,7 @@ class Simulation:
         self.num_events = 0
         self.num_planned_tokens = 0
         self.num_drawn = 0
+        self.num_extended = 0  # tokens that were not drawn
         self.trace: list[bytes] = []  # the plans' bytes
 
     def submit(
@@ -202,6 +223,7 @@ class Simulation:
         deadline_s: float = math.inf,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        grammar: bool = False,
     ) -> list[int]:
         """Submit now; returns the samples' ids. RequestError goes through, with nothing queued."""
         first = self.next_id
@@ -211,6 +233,7 @@ class Simulation:
             min_tokens=min_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured=StructuredOutput("regex", ".*") if grammar else None,
         )
         self.scheduler.submit(
             Submit(
@@ -242,6 +265,7 @@ class Simulation:
                 self.now_s + deadline_s,
                 num_logprobs=-1 if logprobs is None else logprobs,
                 num_prompt_logprobs=-1 if prompt_logprobs is None or i else prompt_logprobs,  # once for all samples
+                forced=forced_tokens(seed, limit) if grammar else [],
             )
         self.check()
         return ids
@@ -284,8 +308,8 @@ class Simulation:
 
     def commit(self) -> None:
         """Run the oldest plan in flight (as late as may be) and commit it."""
-        result = self.device.run(self.in_flight.popleft())
-        outputs = self.scheduler.commit(result)
+        plan = self.in_flight.popleft()
+        outputs = self.scheduler.commit(self.device.run(plan, self._forced_draws(plan)))
         columns = (outputs.request_ids, outputs.token_ids, outputs.finish, outputs.cached)
         assert [c.dtype for c in columns] == [np.int64, np.int32, np.uint8, np.int32]
         self._take_scores(outputs)
@@ -303,7 +327,31 @@ class Simulation:
                 self.done[request_id] = self.live.pop(request_id)
                 assert (wanted.got, wanted.finish) == wanted.alone()
                 assert (wanted.prompt_scores, wanted.scores) == wanted.alone_scores()
+            elif forced := wanted.next_forced():
+                self._extend(request_id, wanted, forced)
         self.check()
+
+    def _forced_draws(self, plan: BatchPlan) -> dict[int, int]:
+        """Row → what its mask leaves to draw. All steps before this one are committed."""
+        if plan.masked is None:
+            return {}
+        rows = plan.rows[plan.samples][plan.masked.drawn].tolist()
+        found = zip(rows, map(self.live.get, plan.masked.request_ids.tolist()), strict=True)
+        return {row: forced[0] for row, wanted in found if wanted is not None and (forced := wanted.next_forced())}
+
+    def _extend(self, request_id: int, wanted: Wanted, forced: list[int]) -> None:
+        taken = self.scheduler.extend(request_id, forced)
+        assert taken != 1 and taken <= len(forced)
+        if not taken:
+            return
+        self.num_extended += taken
+        wanted.got += forced[:taken]
+        assert len(wanted.got) < wanted.max_tokens and not set(forced[:taken]) & set(wanted.stop_ids)
+        table, size = self.scheduler._table, self.config.block_size
+        row = self.scheduler._states[request_id].row  # type: ignore[union-attr]
+        for position in range(int(table.num_computed_tokens[row]), int(table.token_room[row])):
+            # What steps in flight write there is written over, in order, by the step that computes the tokens.
+            self.written.discard(int(table.blocks[row, position // size]) * size + position % size)
 
     def _take_scores(self, outputs: TokenOutputs) -> None:
         for scored, of_prompt in ((outputs.prompt_scores, True), (outputs.scores, False)):
@@ -360,13 +408,21 @@ class Simulation:
         for row, column, block in zip(
             changes.rows.tolist(), changes.columns.tolist(), changes.blocks.tolist(), strict=True
         ):
-            if column * size >= first[row]:  # a block to write to, not a shared one
+            if column * size >= first.get(
+                row, 0
+            ):  # a block to write to, not a shared one (of an extended row, which may wait)
                 self.written -= set(range(block * size, (block + 1) * size))
         assert all(np.all(table.blocks[row, :1] >= 0) for row in first)
         for row, position in zip(plan.token_rows().tolist(), plan.positions().tolist(), strict=True):
             slot = int(table.blocks[row, position // size]) * size + position % size
             assert slot not in self.written, "a slot is written twice while its block is leased"
             self.written.add(slot)
+        drawn_rows = plan.rows[plan.samples]
+        masked = table.has_grammar[drawn_rows]
+        assert (plan.masked is None) == (not masked.any())
+        if plan.masked is not None:
+            assert np.array_equal(plan.masked.drawn, masked)
+            assert np.array_equal(plan.masked.request_ids, table.request_id[drawn_rows[masked]])
         if plan.shared is not None:
             self._check_groups(plan, plan.shared)
 
@@ -400,6 +456,8 @@ def plan_bytes(plan: BatchPlan) -> bytes:
         arrays += [plan.shared.groups, plan.shared.members, plan.shared.lens]
     if plan.scoring is not None:
         arrays += [plan.scoring.drawn, plan.scoring.places, plan.scoring.targets]
+    if plan.masked is not None:
+        arrays += [plan.masked.drawn, plan.masked.request_ids]
     return plan.step.to_bytes(8, "little") + b"".join(a.tobytes() for a in arrays)
 
 
@@ -444,6 +502,7 @@ def random_walk(seed: int, num_events: int) -> Simulation:
                 deadline_s=rng.choice([math.inf, math.inf, 3.0, 50.0]),
                 logprobs=rng.choice([None, None, 0, 3, MAX_LOGPROBS]),
                 prompt_logprobs=rng.choice([None, None, None, 0, 5]),
+                grammar=rng.random() < 0.3,
             )
         elif event < 0.16:
             simulation.expire(rng.random())

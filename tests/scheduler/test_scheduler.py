@@ -447,7 +447,7 @@ def test_commit_refuses_a_result_out_of_order_or_of_another_size(new_simulation:
 def test_outputs_pack_into_the_message(new_simulation: NewSimulation) -> None:
     simulation = new_simulation(**ROOMY)
     ids = simulation.submit(PROMPT, n=2, max_tokens=1)
-    outputs = simulation.scheduler.commit(simulation.device.run(simulation.scheduler.next_plan()))
+    outputs = simulation.scheduler.commit(simulation.device.run(simulation.scheduler.next_plan(), {}))
     message = outputs.pack(simulation.scheduler.stats())
     assert np.frombuffer(message.request_ids, dtype="<i8").tolist() == ids
     assert unpack_tokens(message.token_ids).tolist() == outputs.token_ids.tolist()
@@ -485,3 +485,59 @@ def test_the_same_trace_gives_the_same_plan_bytes_under_any_hash_seed() -> None:
     ]
     digests = {run.communicate(timeout=100)[0] for run in runs}
     assert len(digests) == 1 and len(digests.pop()) == 65
+
+
+def test_forced_tokens_are_computed_in_one_step_and_those_in_flight_dropped(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY, steps_in_flight=2)
+    [request_id] = simulation.submit(PROMPT, max_tokens=12, grammar=True)
+    wanted = simulation.live[request_id]
+    wanted.forced = [None, *[11, 12, 13, 14, 15, 16, 17], None, None, None, None]
+    first, second = simulation.plan(), simulation.plan()
+    assert first.masked.request_ids.tolist() == second.masked.request_ids.tolist() == [request_id]
+    simulation.commit()
+    assert wanted.got[1:] == [11, 12, 13, 14, 15, 16, 17] and simulation.num_extended == 7
+    third = simulation.plan()
+    assert third.token_ids.tolist() == wanted.got[1:]  # the second step computes the first drawn token
+    assert third.seq_lens.tolist() == [len(PROMPT) + 8] and third.samples.tolist() == [True]
+    simulation.finish()
+    assert simulation.scheduler.stats().num_steps_total == 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "forced", "num_taken"),
+    [
+        ({}, [5, 6, 7, 8], 4),
+        ({"max_tokens": 4}, [5, 6, 7, 8], 2),  # the last one is drawn, since it ends the request
+        ({"max_tokens": 3}, [5, 6], 0),
+        ({}, [5], 0),  # the step in flight draws it
+        ({"stop_ids": (7,)}, [5, 6, 7, 8], 2),
+        ({"stop_ids": (6,)}, [5, 6, 7, 8], 0),
+        ({"logprobs": 0}, [5, 6, 7, 8], 0),
+    ],
+)
+def test_how_many_forced_tokens_need_not_be_drawn(
+    new_simulation: NewSimulation, fields: Any, forced: list[int], num_taken: int
+) -> None:
+    simulation = new_simulation(**ROOMY)
+    [request_id] = simulation.submit(PROMPT, **{"max_tokens": 20, "grammar": True, **fields})
+    wanted = simulation.live[request_id]
+    wanted.forced = [None, *forced, *[None] * 20][: wanted.max_tokens]
+    simulation.step()
+    assert simulation.num_extended == num_taken and wanted.got[1:] == forced[:num_taken]
+    simulation.finish()
+
+
+def test_forced_tokens_wait_for_no_blocks_and_are_lost_to_no_preemption(new_simulation: NewSimulation) -> None:
+    """Too few blocks for all of them at once: they are drawn under masks then, and every output is what it would be alone."""
+    simulation = new_simulation(num_blocks=8, block_size=4, max_request_tokens=30, admission="when_free", watermark=0.0)
+    ids = [simulation.submit([i, 2, 3, 4], max_tokens=20, grammar=True)[0] for i in range(3)]
+    simulation.finish()
+    assert simulation.scheduler.stats().preemptions_total > 0 and simulation.num_extended > 0
+    assert all(len(simulation.done[i].got) == 20 for i in ids)
+
+
+def test_where_nobody_may_be_preempted_no_request_grows_faster_than_foreseen(new_simulation: NewSimulation) -> None:
+    simulation = new_simulation(**ROOMY, track_early_stopping=False)
+    simulation.submit(PROMPT, max_tokens=20, grammar=True)
+    simulation.finish()
+    assert simulation.num_extended == 0

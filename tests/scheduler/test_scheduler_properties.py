@@ -27,7 +27,7 @@ EVENTS_PER_EXAMPLE = 150  # at least; a step of it is several events
 
 
 def test_random_days_of_traffic(walk: Callable[[int, int], Any]) -> None:
-    num_events = preemptions = by_priority = cached = expired = seed = 0
+    num_events = preemptions = by_priority = cached = expired = extended = seed = 0
     while num_events < (1 - CHOSEN_SHARE) * NUM_EVENTS:
         simulation = walk(seed, 300)
         stats = simulation.scheduler.stats()
@@ -36,8 +36,10 @@ def test_random_days_of_traffic(walk: Callable[[int, int], Any]) -> None:
         by_priority += simulation.scheduler.num_preemptions_by_priority
         cached += stats.cached_prompt_tokens_total
         expired += sum(wanted.finish is FinishReason.EXPIRED for wanted in simulation.done.values())
+        extended += simulation.num_extended
         seed += 1
     assert preemptions > by_priority > 0 and cached > 0 and expired > 0, "the traffic did not press the pool"
+    assert extended > 0
 
 
 def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
@@ -75,6 +77,7 @@ def test_every_order_of_events(new_simulation: Callable[..., Any]) -> None:
             deadline_s=st.sampled_from([math.inf, 2.0, 5.0]),
             logprobs=st.sampled_from([None, None, 2]),
             prompt_logprobs=st.sampled_from([None, None, 1]),
+            grammar=st.booleans(),
         )
         def submit(self, data: st.DataObject, **asked: Any) -> None:
             limit = self.simulation.config.max_tokens_per_request

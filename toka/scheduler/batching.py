@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from toka.plan import I32, I64, Scoring
+from toka.plan import I32, I64, MaskedDraws, Scoring
 from toka.scheduler.request_table import RequestTable, Rows
 from toka.scheduler.scoring import ScoringInFlight, plan_scoring
 
@@ -22,12 +22,13 @@ class DecodeSet:
     rows intp, rows_i32 int32; token_ids int32: -1 - row, the token each row drew last; query_start int32 [R + 1];
     samples bool, all True; request_ids int64; num_cached_tokens, generations int32;
     final_seq_lens int32: the seq_len of the step in which each row draws its last token.
-    scoring, scoring_in_flight: see scoring.py; None if none of the rows asks for logprobs.
+    scoring, scoring_in_flight: see scoring.py; None if none of the rows asks for logprobs. masked: None if no row has a grammar.
     """
 
     __slots__ = (
         "final_seq_lens",
         "generations",
+        "masked",
         "num_cached_tokens",
         "query_start",
         "request_ids",
@@ -52,6 +53,7 @@ class DecodeSet:
         self.scoring: Scoring | None
         self.scoring_in_flight: ScoringInFlight | None
         self.scoring, self.scoring_in_flight = plan_scoring(rows, [], _NO_I32, table)
+        self.masked = masked_draws(rows, table)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,6 +69,12 @@ class DecodeSet:
     def plus(self, rows: list[int], table: RequestTable) -> DecodeSet:
         """With these rows at the end."""
         return DecodeSet(np.concatenate((self.rows, np.array(rows, dtype=np.intp))), table) if rows else self
+
+
+def masked_draws(drawn_rows: Rows, table: RequestTable) -> MaskedDraws | None:
+    """Which of the tokens that these rows draw are masked; None if none is."""
+    masked = table.has_grammar[drawn_rows]
+    return MaskedDraws(masked, table.request_id[drawn_rows[masked]]) if masked.any() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,17 @@ class TokenOutputs:
     def __bool__(self) -> bool:
         """Whether there is anything to tell."""
         return len(self) > 0 or self.prompt_scores is not None
+
+    def plus(self, entries: Sequence[tuple[int, int, FinishReason]]) -> TokenOutputs:
+        """With these (request id, token id, finish) behind the others; of requests that have had an entry before."""
+        request_ids, token_ids, finish = zip(*entries, strict=True)
+        return replace(
+            self,
+            request_ids=np.concatenate((self.request_ids, np.array(request_ids, dtype=np.int64))),
+            token_ids=np.concatenate((self.token_ids, np.array(token_ids, dtype=np.int32))),
+            finish=np.concatenate((self.finish, np.array(finish, dtype=np.uint8))),
+            cached=np.concatenate((self.cached, np.zeros(len(entries), dtype=np.int32))),
+        )
 
     def pack(self, stats: EngineStats) -> StepOutputs:
         """As the message to the API process."""

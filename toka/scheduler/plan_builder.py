@@ -6,7 +6,7 @@ import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
 from toka.plan import I32, I64, BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
-from toka.scheduler.batching import Chunk, DecodeSet, EndsWithoutToken, Filled, StepInFlight
+from toka.scheduler.batching import Chunk, DecodeSet, EndsWithoutToken, Filled, StepInFlight, masked_draws
 from toka.scheduler.request import Request
 from toka.scheduler.request_table import RequestTable
 from toka.scheduler.scoring import plan_scoring
@@ -47,6 +47,7 @@ def build_decode_plan(
         settings=NO_SETTINGS,
         shared=shared,
         scoring=decodes.scoring,
+        masked=decodes.masked,
     )
     in_flight = StepInFlight(
         step=step,
@@ -96,6 +97,7 @@ def build_mixed_plan(
         settings=settings,
         shared=shared,
         scoring=scoring,
+        masked=masked_draws(drawn_rows, table),
     )
     in_flight = StepInFlight(
         step=step,

@@ -1,5 +1,5 @@
-"""The scheduler: which tokens of which requests the next step computes. Submit, abort, plan, commit; nothing else is
-public.
+"""The scheduler: which tokens of which requests the next step computes. Submit, abort, plan, commit, extend; nothing else
+is public.
 
     submit ─► WaitingQueue ─admit─► RequestTable row ─┬─► next_plan: decode rows, then prompt chunks ─► BatchPlan
                                                       └◄─ commit: append tokens, stop, settle ◄─ StepResult
@@ -90,6 +90,7 @@ class Scheduler:
         self._groups = GroupFinder(config, self._shared) if config.use_hydragen else None
         tracks = config.admission == "forecast" and config.track_early_stopping
         self._predictor = StopPredictor(config.early_stopping_margin) if tracks else None
+        self._foresees_all = config.admission == "forecast" and not config.track_early_stopping
         self._forecaster = Forecaster(config, self._table, self._shared, self._predictor)
         self._outlook: Outlook | None = None  # of the step being planned, made when first asked for
         self._states: dict[int, Live] = {}  # by request id; what is over is not in it
@@ -99,6 +100,7 @@ class Scheduler:
         self._draining: deque[int] = deque()  # rows in the order of the last steps that touch them
         self._owners: list[Running | Draining | None] = [None] * config.max_rows
         self._in_flight: deque[StepInFlight] = deque()
+        self._new_blocks: list[BlockTableChanges] = []  # that extended rows took, for the next plan; one entry a row
         self._blocked: _Blocked | None = None
         self._way_made: tuple[Waiting, int] | None = None  # for whom, and before which step not again
         self._planned_step = 0  # the newest plan
@@ -163,7 +165,8 @@ class Scheduler:
         if not len(decodes) and not chunks:
             return None
         self._planned_step += 1
-        step, merged, table = self._planned_step, merge_table_changes(changes), self._table
+        step, merged, table = self._planned_step, merge_table_changes([*self._new_blocks, *changes]), self._table
+        self._new_blocks = []
         shared = None if self._groups is None else self._groups.groups(decodes)
         if chunks:
             settings = settings_of(admitted)
@@ -450,6 +453,7 @@ class Scheduler:
         table.num_logprobs[row] = _or_none(request.sampling.logprobs)
         table.num_prompt_logprobs[row] = _or_none(request.sampling.prompt_logprobs)
         table.num_unscored[row] = request.num_unscored
+        table.has_grammar[row] = request.sampling.structured is not None
         table.max_total_tokens[row] = request.max_total_tokens
         table.num_tokens[row] = len(tokens)
         table.num_computed_tokens[row] = num_computed
@@ -554,6 +558,41 @@ class Scheduler:
                 self._owners[row] = owner
                 self._states[owner.request.request_id] = owner
 
+    def extend(self, request_id: int, token_ids: list[int]) -> int:
+        """These tokens, which nothing needs to draw, follow all that was committed of a request: they are computed as a prompt's are,
+        several in a step, and what steps in flight draw for it is dropped.
+
+        Returns how many of them are taken, from the first on, and generated thereby: 0 where that would save no step, where logprobs of
+        them are wanted, where blocks are missing, or where requests must not grow faster than was foreseen, since nobody may be
+        preempted. The request's last token is never taken, nor one that ends it.
+        """
+        owner, table = self._states.get(request_id), self._table
+        if not isinstance(owner, Running) or owner.request.sampling.logprobs is not None or self._foresees_all:
+            return 0
+        row, num_known = owner.row, int(table.num_tokens[owner.row])
+        count = max(min(len(token_ids), int(table.max_total_tokens[row]) - num_known - 1), 0)
+        count = next((i for i, token in enumerate(token_ids[:count]) if token in owner.request.stop_token_ids), count)
+        num_blocks = -(-(num_known + count) // self.config.block_size) - table.num_blocks(row)
+        if count < 2 or num_blocks > self._pool.num_free:
+            return 0
+        self._leave([row])
+        table.drop_late_results(row)
+        table.tokens[row, num_known : num_known + count] = token_ids[:count]
+        table.num_tokens[row] = num_known + count
+        # Steps in flight may compute tokens that they draw in vain; from there on the next one writes over what these wrote.
+        table.num_computed_tokens[row] = min(int(table.num_computed_tokens[row]), num_known)
+        if num_blocks > 0:
+            self._new_blocks.append(self._append_blocks(row, num_blocks))
+        insort(self._prefilling, (owner.request.rank, row))
+        self._num_generated_tokens += count
+        return count
+
+    def _append_blocks(self, row: int, num_blocks: int) -> BlockTableChanges:
+        blocks, rows = self._pool.take(num_blocks), np.array([row], dtype=np.intp)
+        columns = np.concatenate([self._table.append_blocks(rows, block) for block in blocks[:, None]])
+        self._shared.take(row, blocks)
+        return BlockTableChanges(np.full(num_blocks, row, dtype=np.int32), columns, blocks)
+
     # ------------------------------------------------------------------------------------------------ rows come and go
 
     def _running(self, row: int) -> Running:
@@ -575,6 +614,7 @@ class Scheduler:
         if request_id in self._states:
             self._states[request_id] = draining
         self._draining.append(draining.row)
+        self._new_blocks = [changes for changes in self._new_blocks if changes.rows[0] != draining.row]
 
     def _settle(self) -> None:
         """Give back what draining rows hold that no step in flight touches any more."""

@@ -243,3 +243,28 @@ def test_opcheck() -> None:
     arguments = (logits(2, 9, 1.0), rows_R, positions_R, *vars(Tables()).values())
     overload = torch.ops.toka_triton.sample.default
     torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def masks_of(num_masks: int, vocab_size: int, density: float) -> Tensor:
+    """Random masks, int32 [K, W]."""
+    random = torch.Generator().manual_seed(vocab_size)
+    allowed = torch.rand(num_masks, -(-vocab_size // 32), 32, generator=random) < density
+    return (allowed.long() << torch.arange(32)).sum(2).to(torch.int32)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 64, 771])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.6])
+def test_masked_ids_are_those_of_the_reference(vocab_size: int, density: float) -> None:
+    """Under every filter, beside rows without a mask, with ids held back, and where a mask leaves nothing."""
+    tables, logits_RV = every_filter(), logits(MAX_ROWS, vocab_size, 3.0)
+    tables.held_back_ids[:, :4] = torch.arange(4, dtype=torch.int32)
+    tables.held_back_until = torch.tensor([0, 50, 0, 50, 0, 50, 0, 50], dtype=torch.int32)
+    masks_KW, mask_of_R = masks_of(4, vocab_size, density), torch.tensor([0, 1, -1, 2, 3, 3, -1, 0], dtype=torch.int32)
+    rows_R, positions_R = torch.arange(MAX_ROWS, dtype=torch.int32), torch.full((MAX_ROWS,), 9, dtype=torch.int32)
+    sampled: list[list[int]] = []
+    for namespace in ("toka_triton", "toka"):
+        tables.last_token = full(-7, torch.int32)
+        arguments = (logits_RV, rows_R, positions_R, *vars(tables).values(), masks_KW, mask_of_R)
+        sampled.append(getattr(torch.ops, namespace).sample(*arguments).tolist())
+        assert tables.last_token.tolist() == sampled[-1]
+    assert sampled[0] == sampled[1]

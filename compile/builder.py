@@ -28,10 +28,12 @@ def transform(
     if dump is not None:
         context = PassContext(choose_kernel, on_graph=dump_graphs(dump))
     regions = [run_passes(trace(region, device), context) for region in graph.regions]
-    if graph.follow_up is not None:
-        spec = graph.follow_up.inputs[0][1]
+    for follow_up in graph.follow_ups:
+        spec = follow_up.inputs[0][1]
         sizes = [size if isinstance(size, int) else 1 for size in spec.shape]
-        context.chosen.append(choose_kernel(graph.follow_up.op, torch.empty(sizes, dtype=spec.dtype, device="meta")))
+        chosen = choose_kernel(follow_up.op, torch.empty(sizes, dtype=spec.dtype, device="meta"))
+        if chosen not in context.chosen:
+            context.chosen.append(chosen)
     return regions, context.chosen
 
 

@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from toka.compile import lower
 from toka.compile.artifact import Artifact
 from toka.compile.region_graph import Recipe, RegionGraph
-from toka.compile.step_graph import Call, StepGraph
+from toka.compile.step_graph import Call, OperatorCall, StepGraph
 from toka.errors import InvariantError
 
 log = logging.getLogger(__name__)
@@ -49,16 +49,16 @@ def eager_regions(graphs: Sequence[RegionGraph]) -> dict[str, LoadedRegion]:
 class CompiledModel:
     """Runs a StepGraph. Life: `bind` → `run` (any bucket, to warm it) → `freeze` → `run`.
 
-    kernels: operator → the kernel that was chosen ("toka_cpp.sample.default"), for the graph's follow-up; None: nobody asks for it.
+    kernels: operator → the kernel that was chosen ("toka_cpp.sample.default"), for the graph's follow-ups; None: nobody asks for them.
     After `freeze` a compile by torch.compile or inductor anywhere in this process is counted in `compiles_after_freeze` and logged as an
     error. A served request never pays for our mistake with its life, but every test looks at the counter.
     """
 
     def __init__(self, graph: StepGraph, regions: Mapping[str, LoadedRegion], kernels: Mapping[str, str] | None = None):
         self.graph = graph
-        self._follow_up_kernel: OpOverload | None = None
-        if graph.follow_up is not None and kernels is not None:
-            self._follow_up_kernel = _overload(kernels[graph.follow_up.op])
+        self._follow_ups: dict[str, tuple[OperatorCall, OpOverload]] = {}
+        if kernels is not None:
+            self._follow_ups = {call.op: (call, _overload(kernels[call.op])) for call in graph.follow_ups}
         self.compiles_after_freeze = 0
         self._regions = regions
         self._bound: list[_BoundCall] = []
@@ -121,16 +121,16 @@ class CompiledModel:
         return tuple(known[name] for name in self.graph.outputs)
 
     def follow_up(
-        self, values: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]
+        self, op: str, values: Mapping[str, torch.Tensor], outputs: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """Run what follows a step for those who ask. values: what it takes beside the step's outputs; outputs: what `run`, or a replay,
-        returned."""
-        call, kernel = self.graph.follow_up, self._follow_up_kernel
-        if call is None or kernel is None:
-            raise InvariantError("this step graph has nothing that could follow a step")
+        """Run the operator that follows a step for those who ask. values: what it takes beside the step's outputs; outputs: what `run`, or
+        a replay, returned."""
+        if op not in self._follow_ups:
+            raise InvariantError(f"this step graph has no {op} that could follow a step")
+        call, kernel = self._follow_ups[op]
         known = {**values, **dict(zip(self.graph.outputs, outputs, strict=True))}
-        found: tuple[torch.Tensor, ...] = kernel(*[known[name] for name, _ in call.inputs], *call.constants)
-        return found
+        found = kernel(*[known[name] for name, _ in call.inputs], *call.constants)
+        return found if isinstance(found, tuple) else (found,)
 
 
 def _overload(name: str) -> OpOverload:

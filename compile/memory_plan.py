@@ -138,18 +138,22 @@ def step_activations(
         if during > peak:
             peak, largest = during, call.region
         alive.update(zip(call.outputs, regions[call.region].outputs, strict=True))
-    if graph.follow_up is not None:  # it runs when all but the outputs is gone
+    for follow_up in graph.follow_ups:  # they run when all but the outputs is gone, one after the other
         during = sum(alive.get(name, 0) for name in graph.outputs)
-        during += operator_bytes(graph.follow_up, sizes, device, workspaces)
+        during += operator_bytes(follow_up, graph, sizes, device, workspaces)
         if during > peak:
-            peak, largest = during, graph.follow_up.op
+            peak, largest = during, follow_up.op
     return StepActivations(peak, largest, regions)
 
 
 def operator_bytes(
-    call: OperatorCall, sizes: Mapping[str, int], device: str, workspaces: Mapping[tuple[str, str], Workspace]
+    call: OperatorCall,
+    graph: StepGraph,
+    sizes: Mapping[str, int],
+    device: str,
+    workspaces: Mapping[tuple[str, str], Workspace],
 ) -> int:
-    """What the operator returns and takes for itself, and the inputs that are not the graph's (all but the first)."""
+    """What the operator returns and takes for itself, and those of its inputs that are neither inputs nor outputs of the graph."""
 
     def meta(spec: TensorSpec) -> torch.Tensor:
         shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
@@ -158,13 +162,17 @@ def operator_bytes(
     given = [meta(spec) for _, spec in call.inputs]
     with FakeTensorMode(allow_non_fake_inputs=True):
         returned = getattr(torch.ops.toka, call.op)(*given, *call.constants)
+    if isinstance(returned, torch.Tensor):
+        returned = (returned,)
     workspace = 0
     for (on, name), rule in workspaces.items():
         if on == device and name.partition("::")[2] == call.op:
             workspace = rule(
                 *([SizedTensor(tuple(t.shape), t.dtype) for t in tensors] for tensors in (given, returned))
             )
-    held: int = sum(tensor.nbytes for tensor in (*given[1:], *returned))
+    bound = {*graph.inputs, *graph.outputs}
+    own = [tensor for tensor, (name, _) in zip(given, call.inputs, strict=True) if name not in bound]
+    held: int = sum(tensor.nbytes for tensor in (*own, *returned))
     return workspace + held
 
 

@@ -80,16 +80,17 @@ class OperatorCall:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """All regions and the calls in order. inputs: names that the caller binds before a run; outputs: names it gets back.
+    """All regions and the calls in order. inputs: names that the caller binds, those of the follow-ups among them; outputs: names it gets
+    back.
 
-    follow_up: runs behind the steps in which somebody asks for it; None if there is nothing to ask for.
+    follow_ups: run behind the steps in which somebody asks for them, each by itself; no two of one operator.
     """
 
     regions: tuple[Region, ...]
     calls: tuple[Call, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    follow_up: OperatorCall | None = None
+    follow_ups: tuple[OperatorCall, ...] = ()
 
     def __post_init__(self) -> None:
         regions = {region.name: region for region in self.regions}

@@ -193,7 +193,8 @@ class _Run:
                 sampling=params,
                 stop_token_ids=tuple(dict.fromkeys(stop_ids)),
                 seed=seed,
-            )
+            ),
+            waits=True,
         )
         output = RequestOutput(prompt, [_empty_completion(params) for _ in range(params.n)])
         if params.prompt_logprobs is not None:

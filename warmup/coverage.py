@@ -8,9 +8,19 @@ from collections.abc import Iterator
 import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import SHARED_PREFIX_STEP, BatchPlan, BlockTableChanges, RowSettings, Scoring, SharedPrefixPlan
+from toka.plan import (
+    SHARED_PREFIX_STEP,
+    BatchPlan,
+    BlockTableChanges,
+    MaskedDraws,
+    RowSettings,
+    Scoring,
+    SharedPrefixPlan,
+    TokenMasks,
+)
 from toka.runner.model_runner import ModelRunner
 from toka.runner.step_buffers import Bucket
+from toka.runner.step_program import num_mask_words
 
 _NO_I32 = np.empty(0, dtype=np.int32)
 
@@ -35,11 +45,13 @@ def buckets(runner: ModelRunner) -> Iterator[Bucket]:
             yield runner.bucket_for(size, 1)
 
 
-def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool, scored: bool = False) -> BatchPlan:
+def dummy_plan(
+    bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool, scored: bool = False, masked: bool = False
+) -> BatchPlan:
     """A plan that fills a bucket with made-up requests in blocks from 0 up; only for a KV cache that holds nothing yet.
 
     Rows share the bucket's tokens evenly; each begins at position 0. sampled: draw at temperature 1 with every filter on, else greedily.
-    scored: with the logprobs of every token drawn.
+    scored: with the logprobs of every token drawn. masked: the first token is drawn under a mask.
     """
     rows = np.arange(bucket.num_rows, dtype=np.int32)
     starts = np.linspace(0, bucket.num_tokens, bucket.num_rows + 1).astype(np.int32)
@@ -64,7 +76,17 @@ def dummy_plan(bucket: Bucket, num_blocks: int, block_size: int, *, sampled: boo
         table=table,
         settings=_settings(rows, sampled),
         scoring=Scoring(samples[samples], _NO_I32, _NO_I32) if scored else None,
+        masked=_mask_the_first(bucket.num_samples) if masked and bucket.num_samples else None,
     )
+
+
+def dummy_masks(vocab_size: int) -> TokenMasks:
+    """What the masked draw of a dummy plan waits for: a mask that allows every token."""
+    return np.full((1, num_mask_words(vocab_size)), -1, dtype=np.int32)
+
+
+def _mask_the_first(num_samples: int) -> MaskedDraws:
+    return MaskedDraws(np.arange(num_samples) == 0, np.zeros(1, dtype=np.int64))
 
 
 def shared_prefix_plan(num_rows: int, num_blocks: int, block_size: int) -> BatchPlan:

@@ -132,7 +132,7 @@ def make_plan(flags: PlanFlags) -> MemoryPlan:
         # Shapes are the same on every device, so the graphs are traced on this one; only the kernels are those of the other.
         choose = kernel_chooser(setup, families_of(setup.device))
         regions, chosen = builder.transform(graph, torch.device("cpu"), choose)
-    weights, tables = memory_plan.parameter_bytes(graph, regions), table_bytes(setup.runner_sizes)
+    weights, tables = memory_plan.parameter_bytes(graph, regions), table_bytes(setup.runner_sizes, setup.device)
     activations = largest_step(graph, regions, setup)
     step = StepMemory(activations.peak, _workspace_bytes(setup, known))
     graph_pools = memory.graph_pool_bytes(setup.runner_sizes.num_captured, len(graph.calls))
@@ -182,6 +182,7 @@ def step_sizes(sizes: RunnerSizes) -> dict[str, int]:
         "P": sizes.max_rows + 1,
         "M": sizes.max_table_rows,
         "W": sizes.max_blocks_per_row,
+        "K": rows,
         "B": 1,
         "G": sizes.max_shared_groups + 1,
         "N": MAX_SHARED_LEVELS * sizes.max_rows,
@@ -189,11 +190,12 @@ def step_sizes(sizes: RunnerSizes) -> dict[str, int]:
     }
 
 
-def table_bytes(sizes: RunnerSizes) -> int:
+def table_bytes(sizes: RunnerSizes, device: torch.device) -> int:
     """Size of the step's inputs and per-request tables on the device, as `ModelRunner.table_bytes`; nothing is allocated there."""
     nowhere = torch.device("meta")
     tables = sizes.tables(nowhere)
-    return sizes.buffers(tables, nowhere).num_bytes + memory.tensor_bytes(tables.values().values())
+    masks = 0 if device.type == "cpu" else sizes.masks(nowhere).num_bytes
+    return sizes.buffers(tables, nowhere).num_bytes + memory.tensor_bytes(tables.values().values()) + masks
 
 
 def _facts(device: KnownDevice) -> DeviceFacts:

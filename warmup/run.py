@@ -125,23 +125,26 @@ def _run_buckets(
     with progress.phase("buckets", num_parts=len(buckets)):
         for index, bucket in enumerate(buckets):
             progress.detail(f"{bucket.num_tokens} tokens")
-            plan = coverage.dummy_plan(bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True)
+            plan = coverage.dummy_plan(
+                bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True, masked=True
+            )
             report.buckets.append(_ready_bucket(runner, plan, bucket, setup.device))
             progress.advance()
 
 
 def _ready_bucket(runner: ModelRunner, plan: BatchPlan, bucket: Bucket, device: torch.device) -> BucketReport:
     """Run or capture a bucket, so that nothing in it happens for the first time later."""
+    masks = coverage.dummy_masks(runner.sizes.vocab_size)
     if bucket.num_tokens > runner.sizes.max_captured_tokens:
         began = time.perf_counter()
-        runner.warm(plan, bucket)
+        runner.warm(plan, bucket, masks)
         memory.synchronize(device)
         return BucketReport(bucket.num_tokens, bucket.num_samples, (time.perf_counter() - began) * 1e6)
     before = memory.device_memory_in_use(device)
     runner.capture(plan, bucket)
     captured = memory.device_memory_in_use(device) - before
-    runner.run(plan)  # with logprobs, which are not part of what is captured
-    plan = dataclasses.replace(plan, scoring=None)
+    runner.run(plan, lambda: masks)  # with masks and logprobs, which are not part of what is captured
+    plan = dataclasses.replace(plan, scoring=None, masked=None)
     began = time.perf_counter()
     runner.run(plan)
     run_us = (time.perf_counter() - began) * 1e6

@@ -45,6 +45,7 @@ class EngineSetup:
             token_step=self.config.token_step,
             max_in_flight=self.config.steps_in_flight,
             max_shared_groups=self.limits.max_shared_groups,
+            vocab_size=self.spec.vocab_size,
         )
 
 

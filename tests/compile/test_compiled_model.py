@@ -48,7 +48,7 @@ def eager_model(graph: StepGraph) -> CompiledModel:
 
 def test_a_follow_up_reads_what_the_step_gave_out(graph: StepGraph) -> None:
     x, ids = ("x", TensorSpec(torch.float32, ("T", WIDTH))), ("ids", TensorSpec(torch.int32, ("T",)))
-    asking = dataclasses.replace(graph, follow_up=OperatorCall("token_logprobs", (x, ids), (2,)))
+    asking = dataclasses.replace(graph, follow_ups=(OperatorCall("token_logprobs", (x, ids), (2,)),))
     regions, chosen = builder.transform(asking, CPU, reference_kernel)
     kernels = {each.op: str(each.overload) for each in chosen}
     assert kernels["token_logprobs"] == "toka.token_logprobs.default"
@@ -56,11 +56,27 @@ def test_a_follow_up_reads_what_the_step_gave_out(graph: StepGraph) -> None:
     model.bind(random_weights())
     outputs = model.run(values(3))
     given = torch.tensor([0, 5, 7], dtype=torch.int32)
-    found = model.follow_up({"ids": given}, outputs)
+    found = model.follow_up("token_logprobs", {"ids": given}, outputs)
     for one, other in zip(found, torch.ops.toka.token_logprobs(outputs[0], given, 2), strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(InvariantError, match="nothing that could follow"):
-        eager_model(graph).follow_up({}, outputs)
+    with pytest.raises(InvariantError, match="no token_logprobs that could follow"):
+        eager_model(graph).follow_up("token_logprobs", {}, outputs)
+
+
+def test_a_step_may_have_several_follow_ups(graph: StepGraph) -> None:
+    """One of them an operator that gives a single tensor."""
+    x, ids = ("x", TensorSpec(torch.float32, ("T", WIDTH))), ("ids", TensorSpec(torch.int32, ("T",)))
+    scale = ("scale", TensorSpec(torch.float32, (WIDTH,)))
+    calls = (OperatorCall("linear", (x, ("weight", TensorSpec(torch.float32, (3, WIDTH))), ("bias", scale[1])), ()),)
+    asking = dataclasses.replace(graph, follow_ups=(*calls, OperatorCall("token_logprobs", (x, ids), (2,))))
+    regions, chosen = builder.transform(asking, CPU, reference_kernel)
+    model = CompiledModel(asking, eager_regions(regions), {each.op: str(each.overload) for each in chosen})
+    model.bind(random_weights())
+    outputs = model.run(values(3))
+    weight, bias = torch.randn(3, WIDTH), torch.randn(3)
+    [found] = model.follow_up("linear", {"weight": weight, "bias": bias}, outputs)
+    assert torch.equal(found, torch.ops.toka.linear(outputs[0], weight, bias))
+    assert len(model.follow_up("token_logprobs", {"ids": torch.zeros(3, dtype=torch.int32)}, outputs)) == 4
 
 
 def assert_right_at_every_size(model: CompiledModel) -> None:

@@ -169,12 +169,14 @@ def test_a_follow_up_runs_when_all_but_the_outputs_is_gone() -> None:
     assert step_activations(without, modules, {"T": TOKENS}, "cpu").peak == 3 * ROW
     logits, ids = TensorSpec(torch.float32, ("T", WIDTH)), TensorSpec(torch.int32, ("T",))
     with_it = dataclasses.replace(
-        without, follow_up=OperatorCall("token_logprobs", (("c", logits), ("ids", ids)), (60,))
+        without, follow_ups=(OperatorCall("token_logprobs", (("c", logits), ("ids", ids)), (60,)),)
     )
     workspaces: dict[tuple[str, str], Workspace] = {("cpu", "toka_cpp::token_logprobs"): lambda given, returned: 1000}
     found = step_activations(with_it, modules, {"T": TOKENS}, "cpu", workspaces)
     of_operator = TOKENS * (4 + 4 + 4 + 60 * 8)  # ids, logprob, rank, and 60 likeliest
     assert (found.peak, found.largest_region) == (ROW + of_operator + 1000, "token_logprobs")
+    bound = dataclasses.replace(with_it, inputs=("x", "ids"))  # then they are counted with the caller's tables
+    assert step_activations(bound, modules, {"T": TOKENS}, "cpu", workspaces).peak == found.peak - 4 * TOKENS
 
 
 def test_parameters_count_once_however_often_they_are_used() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from toka.errors import InvariantError
 from toka.params import MAX_LOGPROBS
-from toka.plan import BatchPlan, Scoring
+from toka.plan import BatchPlan, MaskedDraws, Scoring
 from toka.runner.kv_cache import KVCache, KVCacheShape
 from toka.runner.model_runner import ModelRunner, RunnerSizes
 from toka.runner.step_program import NO_TARGET
@@ -29,6 +30,7 @@ class Doubling:
         self.outputs: dict[int, Tensor] = {}
         self.num_runs = 0
         self.asked: list[list[int]] = []
+        self.num_masked = 0
 
     def run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         self.num_runs += 1
@@ -40,8 +42,14 @@ class Doubling:
         out = self.outputs.setdefault(len(rows), torch.empty(len(rows), dtype=torch.int32))
         return (out.copy_(drawn),)
 
-    def follow_up(self, values: Mapping[str, Tensor], step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Makes everything of the ids that are asked for."""
+    def follow_up(self, op: str, values: Mapping[str, Tensor], step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Draws the first word of each row's mask, and makes logprobs of the ids that are asked for."""
+        if op == "sample":
+            self.num_masked += 1
+            rows, drawn = values["masked_rows"], values["masks"][:, 0][values["mask_of"].clamp(min=0).long()]
+            drawn = torch.where(rows >= 0, drawn, 0)
+            values["last_token"][rows[rows >= 0].long()] = drawn[rows >= 0]
+            return (drawn,)
         self.asked.append(values["scored_ids"].tolist())
         ids = values["scored_ids"]
         top = ids[:, None].expand(-1, MAX_LOGPROBS)
@@ -105,13 +113,38 @@ def test_logprobs_follow_a_step_only_if_somebody_asks(captures: bool) -> None:
 
 
 @pytest.mark.parametrize("captures", [False, True])
+def test_masked_rows_draw_behind_the_graph_and_others_within_it(captures: bool) -> None:
+    """Row 4 alone is masked; the next step and the logprobs know what it drew."""
+    runner, step = make_runner(32 if captures else 0)
+    if captures:
+        for bucket in buckets(runner):
+            runner.capture(dummy_plan(bucket, NUM_BLOCKS, 8, sampled=True), bucket)
+    masked = MaskedDraws(np.array([False, True]), np.array([77], dtype=np.int64))
+    scoring = Scoring(np.array([True, True]), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
+    plan = plan_of(0, [2, 0, 4], [10, 20, 30], [True, False, True])
+    begun = runner.begin(dataclasses.replace(plan, masked=masked, scoring=scoring))
+    assert step.num_masked == 0
+    result = runner.finish(begun, np.array([[5]], dtype=np.int32)).result()
+    assert result.sampled.tolist() == [20, 0, 5] and step.asked[-1][:2] == [20, 5]
+    second = runner.run(plan_of(1, [2, 4], [-1 - 2, -1 - 4], [True, True]))
+    assert second.sampled.tolist() == [40, 10] and step.num_masked == 1
+
+
+def test_a_step_with_masked_draws_needs_masks() -> None:
+    runner, _ = make_runner()
+    masked = MaskedDraws(np.array([True]), np.array([77], dtype=np.int64))
+    with pytest.raises(InvariantError, match="got no masks"):
+        runner.run(dataclasses.replace(plan_of(0, [2], [10], [True]), masked=masked))
+
+
+@pytest.mark.parametrize("captures", [False, True])
 def test_the_next_step_takes_tokens_that_were_never_read_back(captures: bool) -> None:
     runner, _ = make_runner(32 if captures else 0)
     if captures:
         for bucket in buckets(runner):
             runner.capture(dummy_plan(bucket, NUM_BLOCKS, 8, sampled=True), bucket)
-    first = runner.launch(plan_of(0, [4, 2], [10, 30], [True, True])).result()
-    second = runner.launch(plan_of(1, [2, 4], [-1 - 2, -1 - 4], [True, True])).result()
+    first = runner.run(plan_of(0, [4, 2], [10, 30], [True, True]))
+    second = runner.run(plan_of(1, [2, 4], [-1 - 2, -1 - 4], [True, True]))
     assert (first.sampled.tolist(), second.sampled.tolist()) == ([20, 60], [120, 40])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from toka.params import MAX_STOP_TOKEN_IDS
-from toka.plan import BatchPlan, BlockTableChanges, RowSettings, Scoring, SharedPrefixPlan
+from toka.plan import BatchPlan, BlockTableChanges, MaskedDraws, RowSettings, Scoring, SharedPrefixPlan
 from toka.runner.device_tables import DeviceTables
 from toka.runner.step_buffers import Bucket, StepBuffers
 from toka.runner.step_program import DRAWN_TARGET, NO_TARGET
@@ -75,6 +75,8 @@ def test_fill_pads_to_the_bucket() -> None:
         "sample_query_start": [0, 1, 2, 2, 2],
         "draw_rows": [5, 2, -1, -1],
         "sample_targets": [0, 0, 0, 0],  # nobody asks, nobody reads them
+        "masked_rows": [0, 0, 0, 0],  # nor these
+        "mask_of": [0, 0, 0, 0],
         "shared_groups": [[0, 0, 0, 0, 0]],
         "shared_members": [0],
         "shared_lens": [0] * 8,
@@ -159,3 +161,11 @@ def test_more_changes_than_come_in_one_copy_all_arrive(max_blocks: int, max_sett
     assert values[0] == values[1] and inputs[0] == inputs[1]
     assert values[1]["block_table"] == np.arange(100, 124).reshape(6, 4).tolist()
     assert values[1]["seed"] == [2**40 + 1, 0, 0, 0, 2**40, 2**40 + 2]
+
+
+def test_masked_draws_are_taken_out_of_the_others() -> None:
+    masked = dataclasses.replace(plan(), masked=MaskedDraws(np.array([False, True]), np.array([7], dtype=np.int64)))
+    inputs = {name: tensor.tolist() for name, tensor in step_buffers().fill(masked, Bucket(8, 5, 4)).items()}
+    assert inputs["draw_rows"] == [5, -1, -1, -1]
+    assert inputs["masked_rows"] == [-1, 2, -1, -1] and inputs["mask_of"] == [-1, 0, -1, -1]
+    assert inputs["sample_rows"] == [5, 2, -1, -1] and inputs["sample_index"] == [2, 3, 0, 0]

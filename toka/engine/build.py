@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from toka.config import Config
+from toka.engine.constraints import Constraints
 from toka.engine.core import EngineCore
 from toka.engine.executor import Executor, LocalExecutor, StreamExecutor
 from toka.messages import Ready
-from toka.model_source import ModelSource
+from toka.model_source import ModelSource, read_hf_config
 from toka.scheduler.scheduler import Scheduler
+from toka.text.grammar import GrammarVocabulary
+from toka.text.tokenizer import Tokenizer
 from toka.warmup.run import warm_up
 from toka.warmup.setup import settle
 from toka.weights.loader import open_checkpoint
@@ -31,7 +35,8 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
         warm = thread.submit(warm_up, setup, reader, quiet=quiet).result()
         executor = LocalExecutor(warm.runner, thread)
     scheduler_config = dataclasses.replace(setup.limits, num_blocks=warm.num_kv_blocks)
-    engine = EngineCore(Scheduler(scheduler_config), executor, warm.runner.compiled)
+    constraints = Constraints(partial(_vocabulary, source, setup.spec.vocab_size), setup.spec.vocab_size)
+    engine = EngineCore(Scheduler(scheduler_config), executor, warm.runner.compiled, constraints)
     ready = Ready(
         vocab_size=setup.spec.vocab_size,
         max_context_tokens=setup.config.max_context_tokens,
@@ -45,3 +50,9 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
         report=warm.report.to_dict(),
     )
     return engine, ready
+
+
+def _vocabulary(source: ModelSource, vocab_size: int) -> GrammarVocabulary:
+    """What grammars must know of a model's tokens. ConfigError if it cannot be had."""
+    tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
+    return GrammarVocabulary(tokenizer, vocab_size)

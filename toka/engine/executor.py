@@ -6,8 +6,9 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from toka.plan import BatchPlan, StepResult
-from toka.runner.model_runner import ModelRunner, PendingStep
+from toka.errors import InvariantError
+from toka.plan import BatchPlan, StepResult, TokenMasks
+from toka.runner.model_runner import BegunStep, ModelRunner, PendingStep
 
 
 class Executor(Protocol):
@@ -17,8 +18,12 @@ class Executor(Protocol):
         """Begin this step once the steps before it are done; returns at once."""
         ...
 
+    def deliver(self, masks: TokenMasks) -> None:
+        """The masks of the oldest launched step that still waits for its own."""
+        ...
+
     def wait(self) -> StepResult:
-        """The result of the oldest step launched and not yet waited for; raises what the step raised."""
+        """The result of the oldest step launched and not yet waited for; raises what the step raised. Its masks must be delivered."""
         ...
 
     @property
@@ -32,18 +37,39 @@ class Executor(Protocol):
 
 
 class StreamExecutor:
-    """Runs steps on a device that works by itself (CUDA): launched from the engine's thread, one behind the other."""
+    """Runs steps on a device that works by itself (CUDA): launched from the engine's thread, one behind the other.
+
+    A step with masked draws is launched up to them; the next one begins once its masks are delivered and it is launched whole.
+    """
 
     def __init__(self, runner: ModelRunner):
         self._runner = runner
         self._steps: deque[PendingStep] = deque()
+        self._awaiting_masks: BegunStep | None = None
+        self._queued: deque[BatchPlan] = deque()
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._steps)
+        return len(self._steps) + (self._awaiting_masks is not None) + len(self._queued)
 
     def launch(self, plan: BatchPlan) -> None:
-        self._steps.append(self._runner.launch(plan))
+        self._queued.append(plan)
+        self._launch_queued()
+
+    def deliver(self, masks: TokenMasks) -> None:
+        if self._awaiting_masks is None:
+            raise InvariantError("masks were delivered and no step waits for any")
+        self._steps.append(self._runner.finish(self._awaiting_masks, masks))
+        self._awaiting_masks = None
+        self._launch_queued()
+
+    def _launch_queued(self) -> None:
+        while self._queued and self._awaiting_masks is None:
+            begun = self._runner.begin(self._queued.popleft())
+            if begun.plan.masked is None:
+                self._steps.append(self._runner.finish(begun))
+            else:
+                self._awaiting_masks = begun
 
     def wait(self) -> StepResult:
         result = self._steps[0].result()
@@ -51,6 +77,8 @@ class StreamExecutor:
         return result
 
     def shutdown(self) -> None:
+        self._queued.clear()
+        self._awaiting_masks = None
         while self._steps:
             self.wait()
 
@@ -65,13 +93,21 @@ class LocalExecutor:
     def __init__(self, runner: ModelRunner, thread: ThreadPoolExecutor):
         self._runner, self._thread = runner, thread
         self._steps: deque[Future[StepResult]] = deque()
+        self._masks: deque[Future[TokenMasks]] = deque()  # of the steps that wait for theirs
 
     @property
     def num_in_flight(self) -> int:
         return len(self._steps)
 
     def launch(self, plan: BatchPlan) -> None:
-        self._steps.append(self._thread.submit(self._runner.run, plan))
+        masks = None
+        if plan.masked is not None:
+            self._masks.append(Future())
+            masks = self._masks[-1].result
+        self._steps.append(self._thread.submit(self._runner.run, plan, masks))
+
+    def deliver(self, masks: TokenMasks) -> None:
+        self._masks.popleft().set_result(masks)
 
     def wait(self) -> StepResult:
         result = self._steps[0].result()  # an interrupt or error here leaves the step in flight
@@ -79,4 +115,6 @@ class LocalExecutor:
         return result
 
     def shutdown(self) -> None:
+        while self._masks:
+            self._masks.popleft().cancel()  # or the thread would wait for them forever
         self._thread.shutdown(cancel_futures=True)

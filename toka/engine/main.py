@@ -43,8 +43,13 @@ def run(config: Config, source: ModelSource, address_in: str, address_out: str) 
         try:
             engine, ready = build_engine(config, source)
             send(ready)
+            if engine.constraints is not None:
+                engine.constraints.prepare()
             _keep_what_is_there()
-            _serve(engine, inbox, send)
+            try:
+                _serve(engine, inbox, send)
+            finally:
+                engine.shutdown()  # a step that waits for masks would keep the process from ending
         except ConfigError as error:
             send(Fatal(message=str(error), config_error=True))
             status = EXIT_CONFIG
@@ -73,9 +78,10 @@ def _serve(engine: EngineCore, inbox: zmq.Socket[bytes], send: _Send) -> None:
         while poller.poll(0):
             message = decode_to_engine(inbox.recv())
             if isinstance(message, Shutdown):
-                engine.shutdown()
                 return
             _take(engine, message, send)
+        for submit, error in engine.submit_compiled():
+            send(_rejected(submit, error))
         for outputs in (engine.expire(time.perf_counter()), engine.step()):
             if outputs:
                 send(outputs.pack(engine.stats()))
@@ -86,8 +92,12 @@ def _take(engine: EngineCore, message: Submit | Abort | Ping, send: _Send) -> No
         try:
             engine.submit(message)
         except RequestError as error:
-            send(Rejected(request_id=message.request_id, message=error.message, param=error.param, status=error.status))
+            send(_rejected(message, error))
     elif isinstance(message, Abort):
         engine.abort(message.request_ids)
     else:
         send(Pong(nonce=message.nonce, stats=engine.stats()))
+
+
+def _rejected(submit: Submit, error: RequestError) -> Rejected:
+    return Rejected(request_id=submit.request_id, message=error.message, param=error.param, status=error.status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +13,14 @@ import torch
 from toka.compile.bucket import bucket_of, ladder
 from toka.compile.capture import Capturer, Replay
 from toka.compile.compiled_model import CompiledModel
+from toka.errors import InvariantError
 from toka.params import MAX_LOGPROBS
-from toka.plan import MAX_SHARED_LEVELS, BatchPlan, StepLogprobs, StepResult
+from toka.plan import MAX_SHARED_LEVELS, BatchPlan, StepLogprobs, StepResult, TokenMasks
 from toka.runner.device_tables import DeviceTables
 from toka.runner.kv_cache import KVCache
 from toka.runner.step_buffers import Bucket, StepBuffers
-from toka.runner.step_program import scored_ids
+from toka.runner.step_program import num_mask_words, scored_ids
+from toka.runner.token_mask_buffer import TokenMaskBuffer
 
 _MIN_BLOCK_TOKENS = 8  # of any page size: a step of T tokens changes about T / 8 entries of the block table at most
 
@@ -30,6 +32,7 @@ class RunnerSizes:
     max_captured_tokens: steps of up to so many tokens are captured whole, so their sizes follow from their number of tokens alone;
     0 = none is. token_step: buckets of tokens are multiples of it, below it powers of two; 0 = the usual ladder. max_in_flight: steps
     launched before the first one's result is read. max_shared_groups: groups of rows that share a prefix, in one step.
+    vocab_size: bits of a token mask.
     """
 
     max_tokens: int
@@ -40,6 +43,7 @@ class RunnerSizes:
     token_step: int = 0
     max_in_flight: int = 2
     max_shared_groups: int = 0
+    vocab_size: int = 0
 
     def token_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that steps are padded to, ascending."""
@@ -76,9 +80,22 @@ class RunnerSizes:
             depth=self.max_in_flight,
         )
 
+    def masks(self, device: torch.device) -> TokenMaskBuffer:
+        """Where the masks of a step lie."""
+        return TokenMaskBuffer(self.max_rows, num_mask_words(self.vocab_size), device)
+
 
 # On the CPU: what was drawn, and if anybody asked their logprobs: the outputs of the step graph and of its follow-up.
 _Outputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BegunStep:
+    """A step of which all is launched but what follows the compiled graph. outputs: the graph's."""
+
+    plan: BatchPlan
+    inputs: Mapping[str, torch.Tensor]
+    outputs: Sequence[torch.Tensor]
 
 
 class PendingStep:
@@ -113,6 +130,7 @@ class ModelRunner:
         self._device = device
         self._tables = sizes.tables(device)
         self._buffers = sizes.buffers(self._tables, device)
+        self._masks = sizes.masks(device)
         self._static = self._tables.values()
         self._capturer = Capturer(device)
         self._captured: dict[Bucket, Replay] = {}
@@ -121,7 +139,8 @@ class ModelRunner:
     @property
     def table_bytes(self) -> int:
         """Size of the step's inputs and of the tables that stay on the device."""
-        return self._buffers.num_bytes + sum(tensor.nbytes for tensor in self._tables.values().values())
+        of_rows = sum(tensor.nbytes for tensor in self._tables.values().values())
+        return self._buffers.num_bytes + of_rows + self._masks.num_bytes
 
     def attach(self, cache: KVCache) -> None:
         """Use this KV cache from now on; what was captured with another is dropped."""
@@ -137,16 +156,21 @@ class ModelRunner:
         return Bucket(tokens, rows, rows if is_captured else bucket_of(max(num_samples, 1), self.sample_sizes))
 
     @torch.no_grad()
-    def launch(self, plan: BatchPlan) -> PendingStep:
-        """Begin a step behind those launched before. On CUDA this returns at once, elsewhere when the step is done."""
-        num_samples = plan.num_samples
-        bucket = self.bucket_for(plan.num_tokens, num_samples)
+    def begin(self, plan: BatchPlan) -> BegunStep:
+        """Begin a step behind those before it, which must be finished. On CUDA this returns at once, elsewhere when the graph is run."""
+        bucket = self.bucket_for(plan.num_tokens, plan.num_samples)
         inputs = self._inputs(plan, bucket)
         captured = self._captured.get(bucket)
-        step = self.compiled.run(inputs) if captured is None else captured()
-        outputs = step[:1] if plan.scoring is None else (*step[:1], *self._logprobs(inputs, step))
+        return BegunStep(plan, inputs, self.compiled.run(inputs) if captured is None else captured())
+
+    @torch.no_grad()
+    def finish(self, begun: BegunStep, masks: TokenMasks | None = None) -> PendingStep:
+        """Launch what follows a step's graph. masks: those of its masked draws, if it has any."""
+        plan = begun.plan
+        outputs = self._follow_ups(begun, masks)
         if self._device.type == "cpu":
             return PendingStep(plan, outputs, None, self._results)
+        num_samples = plan.num_samples
         on_host = self._results.popleft() if self._results else self._new_result()
         for on_device, target in zip(outputs, on_host, strict=False):
             target[:num_samples].copy_(on_device[:num_samples], non_blocking=True)
@@ -154,26 +178,37 @@ class ModelRunner:
         ready.record()
         return PendingStep(plan, on_host, ready, self._results)
 
-    def run(self, plan: BatchPlan) -> StepResult:
-        """Run one step to its end."""
-        return self.launch(plan).result()
+    def run(self, plan: BatchPlan, masks: Callable[[], TokenMasks] | None = None) -> StepResult:
+        """Run one step to its end. masks: asked for those of its masked draws, if it has any, once its graph is run."""
+        begun = self.begin(plan)
+        return self.finish(begun, None if masks is None else masks()).result()
 
     @torch.no_grad()
-    def warm(self, plan: BatchPlan, bucket: Bucket) -> None:
+    def warm(self, plan: BatchPlan, bucket: Bucket, masks: TokenMasks | None = None) -> None:
         """Run every region once on this plan and bucket (see CompiledModel.warm) and what follows; without samples, all but the last."""
         inputs = self._inputs(plan, bucket)
         step = self.compiled.warm(inputs, to_the_end=bucket.num_samples > 0)
-        if step and plan.scoring is not None:
-            self._logprobs(inputs, step)
+        if step:
+            self._follow_ups(BegunStep(plan, inputs, step), masks)
 
     @torch.no_grad()
     def capture(self, plan: BatchPlan, bucket: Bucket) -> None:
         """Capture the bucket's whole step; `plan` fills it. From now on steps of this bucket are replayed."""
         self._captured[bucket] = self._capturer.capture(partial(self.compiled.run, self._inputs(plan, bucket)))
 
-    def _logprobs(self, inputs: Mapping[str, torch.Tensor], step: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Logprobs, ranks, likeliest ids and their logprobs of a step's targets. step: what it gave out."""
-        return self.compiled.follow_up({"scored_ids": scored_ids(inputs["sample_targets"], step[0])}, step)
+    def _follow_ups(self, begun: BegunStep, masks: TokenMasks | None) -> _Outputs:
+        """What was drawn, under masks too, and if anybody asks logprobs, ranks, likeliest ids and their logprobs."""
+        drawn = begun.outputs[0]
+        if begun.plan.masked is not None:
+            if masks is None:
+                raise InvariantError(f"step {begun.plan.step} has masked draws and got no masks")
+            values = {**begun.inputs, "masks": self._masks.send(masks)}
+            # Each place is drawn by one of the two and is 0 in the other's result.
+            drawn = drawn + self.compiled.follow_up("sample", values, begun.outputs)[0]
+        if begun.plan.scoring is None:
+            return (drawn,)
+        wanted = {"scored_ids": scored_ids(begun.inputs["sample_targets"], drawn)}
+        return drawn, *self.compiled.follow_up("token_logprobs", wanted, begun.outputs)
 
     def _inputs(self, plan: BatchPlan, bucket: Bucket) -> dict[str, torch.Tensor]:
         return {**self._static, **self._buffers.fill(plan, bucket)}

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from toka.plan import BatchPlan, SharedPrefixPlan
+from toka.plan import I32, BatchPlan, SharedPrefixPlan
 from toka.runner.device_tables import DeviceTables
 from toka.runner.staging import ArraySpec, Staging
 from toka.runner.step_program import DRAWN_TARGET, NO_TARGET
@@ -19,7 +20,16 @@ PADDING_ROW = -1
 NONE_SHARED = SharedPrefixPlan(
     groups=np.empty((0, 5), dtype=np.int32), members=np.empty(0, dtype=np.int32), lens=np.empty(0, dtype=np.int32)
 )
-_OF_SAMPLES = ("sample_index", "sample_rows", "sample_seq_lens", "draw_rows", "sample_targets")
+_OF_SAMPLES = (
+    "sample_index",
+    "sample_rows",
+    "sample_seq_lens",
+    "draw_rows",
+    "sample_targets",
+    "masked_rows",
+    "mask_of",
+)
+NO_MASK = -1
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class StepBuffers:
     that are scored), sample_rows, sample_seq_lens [S]; sample_query_start [S + 1] (query_start for these tokens alone, one query each);
     draw_rows [S] (the row for which the sampler draws; -1 = none); sample_targets [S] (whose logprob is wanted: an id, DRAWN_TARGET or
     NO_TARGET; written where the plan has a Scoring);
+    masked_rows, mask_of [S] (the row for which a token is drawn under a mask, once the rest of the step is done, and that mask's place
+    among them; written where the plan has MaskedDraws, whose rows are then none of draw_rows);
     shared_groups [G, 5], shared_members [N], shared_lens [max_rows]: which rows share a prefix, as in plan.SharedPrefixPlan; of one size
     for all buckets.
     Padding: tokens have row -1, rows are -1 with no tokens, samples have row -1 and no target; groups have no members.
@@ -108,7 +120,10 @@ class StepBuffers:
         write("query_start", plan.query_start, bucket.num_rows + 1, plan.num_tokens)
         index, sample_rows = plan.query_start[1 : rows + 1][plan.samples] - 1, plan.rows[plan.samples]
         seq_lens = plan.seq_lens[plan.samples]
-        write("draw_rows", sample_rows, bucket.num_samples, PADDING_ROW)
+        if plan.masked is None:
+            write("draw_rows", sample_rows, bucket.num_samples, PADDING_ROW)
+        else:
+            self._write_masked_draws(plan.masked.drawn, sample_rows, bucket)
         if plan.scoring is not None:
             places = plan.scoring.places
             drawn = np.where(plan.scoring.drawn, np.int32(DRAWN_TARGET), np.int32(NO_TARGET))
@@ -125,6 +140,13 @@ class StepBuffers:
         write("shared_groups", shared.groups, len(shared.groups) + 1, 0)
         write("shared_members", shared.members)
         write("shared_lens", shared.lens, self._shared["shared_lens"].size, 0)
+
+    def _write_masked_draws(self, drawn: npt.NDArray[np.bool_], rows: I32, bucket: Bucket) -> None:
+        """Part the rows that draw into those under a mask, by drawn, and the others."""
+        write, num_samples = self._staging.write, bucket.num_samples
+        write("draw_rows", np.where(drawn, np.int32(PADDING_ROW), rows), num_samples, PADDING_ROW)
+        write("masked_rows", np.where(drawn, rows, np.int32(PADDING_ROW)), num_samples, PADDING_ROW)
+        write("mask_of", np.where(drawn, np.cumsum(drawn) - 1, NO_MASK), num_samples, NO_MASK)
 
     def _views_of(self, bucket: Bucket) -> dict[str, torch.Tensor]:
         sizes = {

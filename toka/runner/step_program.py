@@ -1,14 +1,18 @@
 """One step of a decoder, from token ids to sampled ids, as regions for the compiler (floor 5).
 
-    begin ─► layer × (num_layers - 1) ─► last ┄► logprobs
+    begin ─► layer × (num_layers - 1) ─► last ┄► masked sample ┄► logprobs
 
 `begin` finds each token's id, rope angles and KV slot, and embeds it; a layer region stands for all layers of its kind; `last` holds the
 last layer, the final norm, the LM head and the sampler. Of the last layer most rows need no more than their keys and values: its
 module computes them all and then keeps those whose logits are wanted, and the compiler drops the rest (passes/select_rows.py).
-The logits come out too: `logprobs`, one operator, runs behind the steps in which somebody asks for them.
+The logits come out too, for two operators that run behind the steps in which somebody asks for them. `sample` draws once more, for rows
+whose tokens a grammar limits: `last` passes these over, for their masks depend on what the step before has drawn and are made while this
+one runs; so no step waits for a mask but behind its last product, and steps without masks are what they would be if there were none.
+`token_logprobs` finds logprobs.
 
 Legend: T tokens, R rows, S samples, M rows of the request table, W blocks a row, B KV blocks, C hidden, D head dim, F = D / 2,
 G groups of rows that share a prefix, N members of all groups, X rows that may be members; a step has always as many as there can be.
+K masks.
 """
 
 from __future__ import annotations
@@ -142,11 +146,15 @@ def build_step_graph(model: CausalLM, dtype: torch.dtype, block_size: int) -> St
         **{f"layer_{kind}": _layer_region(model, layer, dtype, block_size) for kind, layer in kinds.items()},
         "last": _last_region(model, last, dtype, block_size),
     }
-    logits = ("logits", TensorSpec(dtype, ("S", model.spec.vocab_size)))
-    logprobs = OperatorCall("token_logprobs", (logits, ("scored_ids", TensorSpec(_INT, ("S",)))), (MAX_LOGPROBS,))
+    follow_ups = _follow_ups(TensorSpec(dtype, ("S", model.spec.vocab_size)))
     return StepGraph(
-        tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled", "logits"), logprobs
+        tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled", "logits"), follow_ups
     )
+
+
+def num_mask_words(vocab_size: int) -> int:
+    """Words of 32 bits in a token mask."""
+    return -(-vocab_size // 32)
 
 
 def scored_ids(targets_S: Tensor, sampled_S: Tensor) -> Tensor:
@@ -203,16 +211,10 @@ def _layer_inputs(model: CausalLM, dtype: torch.dtype, block_size: int) -> tuple
     )
 
 
-def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block_size: int) -> Region:
+def _settings_inputs() -> tuple[tuple[str, TensorSpec], ...]:
+    """The tables of sampling settings, in the order of SETTINGS."""
     float_column, int_column = TensorSpec(torch.float32, ("M",)), TensorSpec(_INT, ("M",))
-    inputs = (
-        *_layer_inputs(model, dtype, block_size),
-        ("sample_index", TensorSpec(_INT, ("S",))),
-        ("sample_rows", TensorSpec(_INT, ("S",))),
-        ("sample_query_start", TensorSpec(_INT, ("P",))),  # P = S + 1
-        ("sample_seq_lens", TensorSpec(_INT, ("S",))),
-        ("draw_rows", TensorSpec(_INT, ("S",))),
-        ("last_token", int_column),
+    return (
         ("temperature", float_column),
         ("top_k", int_column),
         ("top_p", float_column),
@@ -220,6 +222,36 @@ def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block
         ("seed", TensorSpec(torch.int64, ("M",))),
         ("held_back_ids", TensorSpec(_INT, ("M", MAX_STOP_TOKEN_IDS))),
         ("held_back_until", int_column),
+    )
+
+
+def _follow_ups(logits: TensorSpec) -> tuple[OperatorCall, ...]:
+    """What may run behind a step."""
+    of_samples, (_, vocab_size) = TensorSpec(_INT, ("S",)), logits.shape
+    assert isinstance(vocab_size, int)
+    masked = (
+        ("logits", logits),
+        ("masked_rows", of_samples),
+        ("sample_seq_lens", of_samples),
+        *_settings_inputs(),
+        ("last_token", TensorSpec(_INT, ("M",))),
+        ("masks", TensorSpec(_INT, ("K", num_mask_words(vocab_size)))),
+        ("mask_of", of_samples),
+    )
+    scored = (("logits", logits), ("scored_ids", of_samples))
+    return OperatorCall("sample", masked, ()), OperatorCall("token_logprobs", scored, (MAX_LOGPROBS,))
+
+
+def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block_size: int) -> Region:
+    inputs = (
+        *_layer_inputs(model, dtype, block_size),
+        ("sample_index", TensorSpec(_INT, ("S",))),
+        ("sample_rows", TensorSpec(_INT, ("S",))),
+        ("sample_query_start", TensorSpec(_INT, ("P",))),  # P = S + 1
+        ("sample_seq_lens", TensorSpec(_INT, ("S",))),
+        ("draw_rows", TensorSpec(_INT, ("S",))),
+        ("last_token", TensorSpec(_INT, ("M",))),
+        *_settings_inputs(),
     )
     selection = RowSelection("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens")
     return _region(model, "last", Last(model, layer), inputs, num_outputs=2, selection=selection)
@@ -273,4 +305,5 @@ def _step_inputs(model: CausalLM) -> tuple[str, ...]:
     step = ("token_ids", "token_rows", "positions", "rows", "query_start", "seq_lens")
     shared = ("shared_groups", "shared_members", "shared_lens")
     samples = ("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens", "draw_rows")
-    return (*step, *shared, *samples, "block_table", "last_token", *SETTINGS, *caches)
+    masked = ("masked_rows", "mask_of", "masks")
+    return (*step, *shared, *samples, *masked, "block_table", "last_token", *SETTINGS, *caches)

@@ -146,6 +146,11 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._style.token_bytes(token)
 
+    def to_json(self) -> str:
+        """All of it, as a tokenizer.json."""
+        serialised: str = self._backend.to_str()
+        return serialised
+
     def info(self) -> dict[str, Any]:
         """What clients that tokenize by themselves want to know (GET /tokenizer_info)."""
         return {

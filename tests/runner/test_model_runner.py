@@ -46,7 +46,7 @@ class Doubling:
         """Draws the first word of each row's mask, and makes logprobs of the ids that are asked for."""
         if op == "sample":
             self.num_masked += 1
-            rows, drawn = values["masked_rows"], values["masks"][:, 0][values["mask_of"].clamp(min=0).long()]
+            rows, drawn = values["late_rows"], values["masks"][:, 0][values["mask_of"].clamp(min=0).long()]
             drawn = torch.where(rows >= 0, drawn, 0)
             values["last_token"][rows[rows >= 0].long()] = drawn[rows >= 0]
             return (drawn,)

@@ -77,6 +77,7 @@ def test_fill_pads_to_the_bucket() -> None:
         "sample_targets": [0, 0, 0, 0],  # nobody asks, nobody reads them
         "late_rows": [0, 0, 0, 0],  # nor these
         "mask_of": [0, 0, 0, 0],
+        "adjusted_rows": [0, 0, 0, 0],
         "shared_groups": [[0, 0, 0, 0, 0]],
         "shared_members": [0],
         "shared_lens": [0] * 8,

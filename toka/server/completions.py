@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from toka.errors import RequestError
+from toka.params import MAX_SAMPLES_PER_REQUEST
 from toka.server.body import read_body
 from toka.server.generation import Generation, Sample, TokenEvent
 from toka.server.logprobs import completion_logprobs, prompt_logprobs, scored_prompt
@@ -38,6 +39,7 @@ async def create_completion(request: Request) -> Response:
     prompts, texts = await _token_prompts(serving, body)
     if body.truncate_prompt_tokens is not UNSET:
         prompts, texts = serving.truncated(body, prompts), []
+    num_kept = _num_kept(body)
     logprobs = None if body.logprobs is UNSET else body.logprobs
     of_prompt = [num for num in (num_prompt_logprobs(body), logprobs if body.echo else None) if num is not None]
     generation = serving.submit(
@@ -46,11 +48,11 @@ async def create_completion(request: Request) -> Response:
         prompt_param="prompt",
         default_max_tokens=DEFAULT_MAX_TOKENS,
         start_time=start_time,
-        logprobs=logprobs,
+        logprobs=0 if logprobs is None and num_kept < body.n else logprobs,
         prompt_logprobs=max(of_prompt, default=None),
         may_generate_nothing=body.echo or bool(of_prompt),
     )
-    replies = _Replies(serving.tokenizer, body, generation, prompts, texts)
+    replies = _Replies(serving.tokenizer, body, generation, prompts, texts, num_kept)
     head: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -71,6 +73,19 @@ async def create_completion(request: Request) -> Response:
             timings=timings_of(generation) if body.return_timings else UNSET,
         ),
     )
+
+
+def _num_kept(body: CompletionRequest) -> int:
+    """How many samples of a prompt the reply tells; n becomes the number that is generated."""
+    num_kept, best_of = body.n, body.best_of
+    if best_of is UNSET:
+        return num_kept
+    if not num_kept <= best_of <= MAX_SAMPLES_PER_REQUEST:
+        raise RequestError(f"best_of must be from n to {MAX_SAMPLES_PER_REQUEST}.", "best_of")
+    if best_of > num_kept and body.stream:
+        raise RequestError("best_of is not available with stream, unless it equals n.", "best_of")
+    body.n = best_of
+    return num_kept
 
 
 async def _token_prompts(serving: Serving, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
@@ -99,7 +114,7 @@ def prompts_of(prompt: Prompt) -> tuple[list[str], list[list[int]]]:
 class _Replies:
     """What the choices of one request say: their text, after the prompt's where it is echoed, and their logprobs.
 
-    prompts: token ids. texts: of the prompts, empty where the client gave token ids.
+    prompts: token ids. texts: of the prompts, empty where the client gave token ids. num_kept: samples of each prompt that are told.
     """
 
     def __init__(
@@ -109,8 +124,10 @@ class _Replies:
         generation: Generation,
         prompts: Sequence[Sequence[int]],
         texts: Sequence[str],
+        num_kept: int,
     ):
         self.body, self.generation = body, generation
+        self._num_kept = num_kept
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._texts: Sequence[str] = [""] * len(prompts)
@@ -118,8 +135,17 @@ class _Replies:
             self._texts = texts or [tokenizer.decode(prompt) for prompt in prompts]
 
     def choices(self) -> list[CompletionChoice]:
-        """All of them, whole."""
-        return [self._choice(sample) for sample in self.generation.samples]
+        """Those that are told, whole; where that is not all, the likeliest per token of each prompt, the best one first."""
+        samples, num_made = self.generation.samples, self.generation.samples_per_prompt
+        if self._num_kept == num_made:
+            return [self._choice(sample) for sample in samples]
+        kept: list[CompletionChoice] = []
+        for first in range(0, len(samples), num_made):
+            best = sorted(samples[first : first + num_made], key=_mean_logprob, reverse=True)[: self._num_kept]
+            kept += [
+                msgspec.structs.replace(self._choice(sample), index=len(kept) + i) for i, sample in enumerate(best)
+            ]
+        return kept
 
     def _choice(self, sample: Sample) -> CompletionChoice:
         text, logprobs = self._text_of(sample.index), self.logprobs_of(sample.index, sample.scores)
@@ -163,6 +189,12 @@ class _Replies:
 
     def _prompt_of(self, choice: int) -> int:
         return choice // self.generation.samples_per_prompt
+
+
+def _mean_logprob(sample: Sample) -> float:
+    """How likely the sample's tokens are, those that appear."""
+    logprobs = [token.score.logprob for token in sample.scores if token.score is not None]
+    return sum(logprobs) / max(len(logprobs), 1)
 
 
 def _joined(first: CompletionLogprobs, then: CompletionLogprobs) -> CompletionLogprobs:

@@ -33,6 +33,18 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     top_p: Annotated[float, Meta(description="Keep the likeliest tokens up to this probability; 1 = off.")] = 1.0
     top_k: Annotated[int, Meta(description="Keep this many tokens; 0 or -1 = off.")] = 0
     min_p: Annotated[float, Meta(description="Drop tokens below this share of the likeliest one's probability.")] = 0.0
+    presence_penalty: Annotated[float, Meta(description="Taken off logits of tokens generated before; -2 to 2.")] = 0.0
+    frequency_penalty: Annotated[float, Meta(description="The same for each time that they were; -2 to 2.")] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Meta(description="Divides logits of tokens that the prompt or the text has (below 0: multiplies); 1 = off."),
+    ] = 1.0
+    logit_bias: Annotated[dict[str, float], Meta(description="Token id: what is added to its logit, -100 to 100.")] = (
+        msgspec.field(default_factory=dict)
+    )
+    bad_words: Annotated[list[str], Meta(description="Words that are not generated.")] = msgspec.field(
+        default_factory=list
+    )
     seed: Annotated[int, Meta(description="Same seed, same request = same tokens.")] | UnsetType = UNSET
     n: Annotated[int, Meta(description="Independent samples per prompt.")] = 1
     stop: Annotated[str | list[str], Meta(description="Strings that end the text; not part of it.")] = msgspec.field(
@@ -90,6 +102,10 @@ class CompletionRequest(GenerationFields, kw_only=True):
     prompt: Annotated[Prompt, Meta(description="A text, several texts, token ids, or several lists of token ids.")]
     logprobs: (
         Annotated[int, Meta(description="Logprobs of the tokens, and so many of the likeliest; 0 to 20.")] | UnsetType
+    ) = UNSET
+    best_of: (
+        Annotated[int, Meta(description="Generate so many, answer with the n likeliest per token; not with stream.")]
+        | UnsetType
     ) = UNSET
     echo: Annotated[bool, Meta(description="Begin the text with the prompt; with logprobs, of its tokens too.")] = False
     add_special_tokens: Annotated[bool, Meta(description="Put BOS before a text prompt where the model wants it.")] = (
@@ -449,12 +465,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 _NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
     "allowed_token_ids": (),
     "logits_processors": ([],),
     "response_format": ({"type": "text"},),
@@ -486,7 +497,6 @@ _NEUTRAL_MESSAGES: dict[str, tuple[Any, ...]] = {
 NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     CompletionRequest: {
         **_NEUTRAL_GENERATION,
-        "best_of": (),
         "suffix": ("",),
     },
     ChatCompletionRequest: {

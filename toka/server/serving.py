@@ -17,7 +17,7 @@ from toka.config import Config
 from toka.errors import CapacityError, RequestError
 from toka.messages import Ready
 from toka.metrics import Metrics
-from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams, StructuredOutput
+from toka.params import MAX_BAD_WORDS, MAX_STOP_TOKEN_IDS, SamplingParams, StructuredOutput
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.generation import Generation
 from toka.server.schemas import (
@@ -155,6 +155,7 @@ class Serving:
                 raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
             self.check_token_ids(prompt, prompt_param, ready.vocab_size)
         self.check_token_ids(sampling.stop_token_ids, "stop_token_ids", ready.vocab_size)
+        self.check_token_ids([token for token, _ in sampling.logit_bias], "logit_bias", ready.vocab_size)
         per_prompt = [_fit(sampling, len(prompt), ready.max_request_tokens, prompt_param) for prompt in prompts]
         self._check_room(len(prompts) * sampling.n, "n" if sampling.n > 1 else prompt_param)
         generation = Generation(
@@ -208,6 +209,11 @@ class Serving:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             structured=structured,
+            presence_penalty=fields.presence_penalty,
+            frequency_penalty=fields.frequency_penalty,
+            repetition_penalty=fields.repetition_penalty,
+            logit_bias=_logit_bias(fields),
+            bad_words=self._bad_words(fields),
         ).check()
 
     def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
@@ -218,12 +224,29 @@ class Serving:
             raise RequestError(f"stop_token_ids can hold at most {room} ids with this model.", "stop_token_ids")
         return together
 
+    def _bad_words(self, fields: GenerationFields) -> tuple[tuple[int, ...], ...]:
+        """The words as token ids, as they are written at the beginning of a text and after a space."""
+        if len(fields.bad_words) > MAX_BAD_WORDS:
+            raise RequestError(f"bad_words can hold at most {MAX_BAD_WORDS} words.", "bad_words")
+        for word in fields.bad_words:
+            if not word.strip() or len(word) > MAX_STOP_STRING_CHARS:
+                raise RequestError(f"bad_words must be of 1 to {MAX_STOP_STRING_CHARS} characters each.", "bad_words")
+        texts = [text for word in fields.bad_words for text in (word, f" {word.lstrip()}")]
+        return tuple(dict.fromkeys(tuple(self.tokenizer.encode(text, False)) for text in texts))
+
     def _check_room(self, num_samples: int, param: str) -> None:
         limit = self.config.max_queued_requests
         if num_samples > limit:
             raise RequestError(f"{param}: {num_samples} samples asked for, the server holds {limit} at most.", param)
         if self.engine.num_open + num_samples > limit:
             raise CapacityError(f"The server is full: {self.engine.num_open} of {limit} requests are open.")
+
+
+def _logit_bias(fields: GenerationFields) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple((int(token), bias) for token, bias in fields.logit_bias.items())
+    except ValueError:
+        raise RequestError("logit_bias: its keys must be token ids.", "logit_bias") from None
 
 
 def num_prompt_logprobs(fields: GenerationFields) -> int | None:

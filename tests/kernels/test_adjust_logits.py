@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from adjusted_case import BLOCK_SIZE, case, tokens_of
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))  # adjusted_case lies beside the tests
+
+from adjusted_case import BLOCK_SIZE, case, tokens_of
 
 pytestmark = pytest.mark.usefixtures("cpp_kernels")
 

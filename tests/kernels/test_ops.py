@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adjusted_case import case
 from torch import Tensor
 from torch.export import Dim
 
 import toka.kernels.ops
 from toka.kernels.op_schema import SCHEMAS
 from toka.kernels.registry import IMPLEMENTATIONS
+
+sys.path.insert(0, str(Path(__file__).parent))  # adjusted_case lies beside the tests
+
+from adjusted_case import case
 
 pytestmark = pytest.mark.usefixtures("cpp_kernels")
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # adjusted_case lies there, and tests/gpu runs this file without any conftest
+
 from adjusted_case import case
 
 

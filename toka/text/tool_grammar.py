@@ -7,6 +7,7 @@ Marks that are tokens of their own stand in the grammar by their ids, since text
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from toka.text.tool_calls import CallStyle
 _JSON_OPTIONS = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 _TEXT = "/(.|\\n)*/"
 _SPACE = "/[ \\n]*/"
+_UNESCAPED_SLASH = re.compile(r"(?<!\\)((?:\\\\)*)/")
 
 TokenId = Callable[[str], int | None]
 """The id of a mark that is a token of its own, else None."""
@@ -120,7 +122,7 @@ def _structured(structured: StructuredOutput) -> str:
         schema = json.loads(structured.source)
         return _json(schema) if isinstance(schema, dict) else "%json " + structured.source
     if structured.kind == "regex":
-        return "/" + structured.source.replace("/", "\\/") + "/"
+        return "/" + _UNESCAPED_SLASH.sub(r"\1\\/", structured.source).replace("\n", "\\n") + "/"
     raise RequestError(
         "structured_outputs.grammar cannot be combined with tools or with a model that reasons first.",
         "structured_outputs",

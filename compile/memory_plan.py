@@ -80,10 +80,17 @@ def _candidates_of_logprobs(given: Sequence[SizedTensor], returned: Sequence[Siz
     return token_logprobs.workspace_bytes(num_places, vocab_size, returned[2].shape[1])
 
 
+def _counts_of_tokens(given: Sequence[SizedTensor], returned: Sequence[SizedTensor]) -> int:
+    from toka.kernels.triton import adjust_logits
+
+    return adjust_logits.workspace_bytes(*given[0].shape)
+
+
 # (device type, operator) → its workspace. Operators that are not listed take nothing.
 WORKSPACES: Mapping[tuple[str, str], Workspace] = {
     ("cuda", "toka_triton::paged_attention"): _states_of_splits,
     ("cuda", "toka_triton::sample"): _lists_of_the_sampler,
+    ("cuda", "toka_triton::adjust_logits"): _counts_of_tokens,
     ("cuda", "toka_triton::token_logprobs"): _candidates_of_logprobs,
 }
 

@@ -22,6 +22,12 @@ sample: draws one token id a row from logits_RV; returns int32 [R], and sets las
     Which tokens a grammar allows (both or none): masks_KW int32 [K, ceil(V / 32)], bit v % 32 of word v / 32 says whether token v may be
     drawn; mask_of_R int32 [R], the place of each row's mask among them, -1 = any token may be drawn. A mask leaves the held-back ids
     held back, unless it allows nothing else.
+adjust_logits: logits_SV [S, V] as rows that ask for it want them to be drawn from; returns float32 [S, V]. A place whose row is -1 is
+    copied as it is. A row's tokens stand at the positions 0 .. seq_lens_S[i] - 1 of token_of_slot int32 [at least num_blocks * block_size],
+    which is laid out as the KV cache is. Tables of [max_rows]: num_prompt_tokens int32, of which the row's tokens are the prompt;
+    penalties float32 [max_rows, 3], presence, frequency and repetition; bias_ids int32 and biases float32 [max_rows, B], distinct ids,
+    -1 = unused; bad_words int32 [max_rows, N, K], tokens that must not follow one another, filled up with -1 in front. See
+    reference/adjust_logits.py.
 token_logprobs: of softmax(logits_SV) as the model gave them, no setting applied: logprob float32 [S] and rank int32 [S] (1 = likeliest) of
     the tokens ids_S (int32), and ids int32 [S, k] and logprobs float32 [S, k] of the k likeliest. Of equal logits the lower id comes first.
     The value of a token is the same to the bit in both places. An id below 0 asks for nothing: its place gives -inf, 0, -1 and -inf; so do
@@ -71,6 +77,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
         "Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor(a!) last_token, Tensor? masks_KW=None, "
         "Tensor? mask_of_R=None) -> Tensor"
+    ),
+    "adjust_logits": (
+        "(Tensor logits_SV, Tensor rows_S, Tensor seq_lens_S, Tensor token_of_slot, Tensor block_table, "
+        "Tensor num_prompt_tokens, Tensor penalties, Tensor bias_ids, Tensor biases, Tensor bad_words, int block_size) "
+        "-> Tensor"
     ),
     "token_logprobs": "(Tensor logits_SV, Tensor ids_S, int k) -> (Tensor, Tensor, Tensor, Tensor)",
     "rope_write_kv": (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from toka.kernels.op_schema import PANEL_WIDTH, SCHEMAS
+from toka.kernels.reference.adjust_logits import adjust_logits
 from toka.kernels.reference.linear import embedding_packed, linear, linear_packed, pack_linear, sparse_logits
 from toka.kernels.reference.linear_quantised import (
     embedding_quantised,
@@ -44,6 +45,10 @@ def _fake_paged_attention(query_THD: Tensor, *_: object) -> Tensor:
 
 def _fake_sample(logits_RV: Tensor, rows_R: Tensor, *_: object) -> Tensor:
     return logits_RV.new_empty(rows_R.shape, dtype=torch.int32)
+
+
+def _fake_adjust_logits(logits_SV: Tensor, *_: object) -> Tensor:
+    return logits_SV.new_empty(logits_SV.shape, dtype=torch.float32)
 
 
 def _fake_token_logprobs(logits_SV: Tensor, ids_S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,6 +117,7 @@ _REFERENCES: dict[str, Callable[..., object]] = {
     "write_kv": write_kv,
     "paged_attention": paged_attention,
     "sample": sample,
+    "adjust_logits": adjust_logits,
     "token_logprobs": token_logprobs,
     "rope_write_kv": rope_write_kv,
     "linear": linear,
@@ -130,6 +136,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "write_kv": _fake_write_kv,
     "paged_attention": _fake_paged_attention,
     "sample": _fake_sample,
+    "adjust_logits": _fake_adjust_logits,
     "token_logprobs": _fake_token_logprobs,
     "rope_write_kv": _fake_rope_write_kv,
     "linear": _fake_linear,

@@ -109,6 +109,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         )
         for op, name, packing in (
             ("sample", "", ""),
+            ("adjust_logits", "", ""),
             ("token_logprobs", "", ""),
             ("linear", "linear_packed", "toka_cpp::pack_linear"),
             ("embedding", "embedding_packed", "toka_cpp::pack_linear"),
@@ -130,7 +131,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("embedding", "torch", "aten", priority=5, traits=frozenset(Trait)),
     *(
         Implementation(op, "reference", "toka", priority=0, traits=frozenset(Trait))
-        for op in ("rope_write_kv", "linear", "merge_attention", "sparse_logits", "token_logprobs")
+        for op in ("rope_write_kv", "linear", "merge_attention", "sparse_logits", "adjust_logits", "token_logprobs")
     ),
     Implementation("linear_quantised", "reference", "toka", priority=0),
     Implementation("embedding_quantised", "reference", "toka", priority=0, traits=frozenset(Trait)),
@@ -152,6 +153,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             ("paged_attention", 10, FLOATS, 1, frozenset({Trait.BATCH_INVARIANT})),
             ("merge_attention", 10, frozenset({torch.float32}), 1, frozenset(Trait)),
             ("sample", 10, FLOATS, 1, frozenset(Trait)),
+            ("adjust_logits", 10, FLOATS, 1, frozenset(Trait)),
             ("token_logprobs", 10, FLOATS, 1, frozenset(Trait)),
             ("sparse_logits", 10, FLOATS, 1, frozenset(Trait)),
             # Below PyTorch's own product, which is faster where rows need not be the same to the bit.

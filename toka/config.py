@@ -139,6 +139,14 @@ class Config:
     api_key: str | None = flag(
         None, "key that every route but /, /health and /ready asks for; None: $TOKA_API_KEY, if set"
     )
+    tool_call_parser: str = flag(
+        "auto",
+        "how the model writes tool calls; auto: as its response_template or its chat template shows",
+        choices=("auto", "hermes", "llama3_json", "mistral", "pythonic"),
+    )
+    allow_request_chat_template: bool = flag(
+        False, "T: requests may bring a chat_template, which is code, though sandboxed"
+    )
     api_key_file: str | None = flag(
         None, "file with further keys, one a line; each key sees and aborts only its own requests and files"
     )

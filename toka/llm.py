@@ -28,6 +28,8 @@ _SERVER_FLAGS = {
     "host",
     "port",
     "api_key",
+    "tool_call_parser",
+    "allow_request_chat_template",
     "max_queued_requests",
     "drain_timeout_s",
     "stats_report_seconds",

@@ -11,6 +11,9 @@ from toka.errors import RequestError
 
 MAX_SAMPLES_PER_REQUEST = 128
 MAX_LOGPROBS = 20  # likeliest tokens that a request can ask for; the device always finds so many when anybody asks
+MAX_LOGIT_BIASES = 300  # of one request, as in OpenAI's API
+MAX_BAD_WORDS = 64  # spellings of them: a word may have one with a space before it and one without
+MAX_BAD_WORD_TOKENS = 8
 MAX_STOP_TOKEN_IDS = 16  # the width of the sampler's table of token ids that min_tokens holds back
 
 
@@ -41,6 +44,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         Of the model's distribution: temperature and filters change them not.
     prompt_logprobs: the same for the prompt's tokens, but the first; the prompt is then computed whole, whatever the prefix cache holds.
     structured: only text of this grammar can be drawn; the text ends where the grammar does. None = any text.
+    presence_penalty, frequency_penalty: taken off the logits of tokens that were generated before, once or for each time; 0 = off.
+    repetition_penalty: divides the logits of tokens of the prompt and of what was generated (those below 0 it multiplies); 1 = off.
+    logit_bias: (token id, what is added to its logit). bad_words: tokens that must not follow one another, as lists of ids.
     """
 
     n: int = 1
@@ -57,6 +63,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     structured: StructuredOutput | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0.0, 0.0, 1.0) or bool(self.logit_bias or self.bad_words)
 
     def check(self) -> SamplingParams:
         """Return self, or raise RequestError naming the field that is out of range."""
@@ -90,7 +107,32 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             len(self.stop_token_ids),
         )
         _require(all(0 <= t < 2**31 for t in self.stop_token_ids), "stop_token_ids", "must hold token ids", "")
+        self._check_adjustments()
         return self
+
+    def _check_adjustments(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2.0 <= value <= 2.0, name, "must be between -2 and 2", value)
+        _require(
+            0.01 <= self.repetition_penalty <= 100.0,
+            "repetition_penalty",
+            "must be between 0.01 and 100",
+            self.repetition_penalty,
+        )
+        biases, words = self.logit_bias, self.bad_words
+        _require(len(biases) <= MAX_LOGIT_BIASES, "logit_bias", f"can hold at most {MAX_LOGIT_BIASES} ids", len(biases))
+        _require(len({token for token, _ in biases}) == len(biases), "logit_bias", "must name each id once", "")
+        _require(all(0 <= token < 2**31 for token, _ in biases), "logit_bias", "must be for token ids", "")
+        _require(all(-100.0 <= bias <= 100.0 for _, bias in biases), "logit_bias", "must be from -100 to 100", "")
+        _require(len(words) <= MAX_BAD_WORDS, "bad_words", f"can hold at most {MAX_BAD_WORDS} spellings", len(words))
+        _require(
+            all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in words),
+            "bad_words",
+            f"must be of 1 to {MAX_BAD_WORD_TOKENS} tokens each",
+            max(map(len, words), default=0),
+        )
+        _require(all(0 <= token < 2**31 for word in words for token in word), "bad_words", "must hold token ids", "")
 
 
 def _require(holds: bool, param: str, rule: str, value: Any) -> None:

@@ -88,6 +88,38 @@ class MaskedDraws:
     request_ids: I64
 
 
+@dataclass(frozen=True, slots=True)
+class AdjustmentSettings:
+    """What adjusts the logits of rows that begin (or begin again) to run in this step; it stays on the device until replaced.
+
+    rows int32 [C]; num_prompt_tokens int32 [C]; penalties float32 [C, 3]: presence, frequency, repetition; bias_ids int32, biases float32
+    [C, MAX_LOGIT_BIASES]; bad_words int32 [C, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS], filled up with -1 in front. -1 = unused.
+    cached_slots int64 [N], cached_tokens int32 [N]: what stands in the KV cache of these rows before this step.
+    """
+
+    rows: I32
+    num_prompt_tokens: I32
+    penalties: F32
+    bias_ids: I32
+    biases: F32
+    bad_words: I32
+    cached_slots: I64
+    cached_tokens: I32
+
+
+@dataclass(frozen=True, slots=True)
+class Adjusting:
+    """Rows of a step whose logits are adjusted before a token is drawn from them: penalties, biases, bad words.
+
+    drawn: bool [D], of the tokens that the step draws, in the order of their rows. places: int32 [A], tokens of the batch that belong to
+    such rows, which the device has to remember. settings: of those rows that begin in this step; None = of none.
+    """
+
+    drawn: npt.NDArray[np.bool_]
+    places: I32
+    settings: AdjustmentSettings | None = None
+
+
 TokenMasks = npt.NDArray[np.int32]
 """What may be drawn, for each of the C masked draws of a step: int32 [C, ceil(V / 32)], bit v % 32 of word v / 32 for token v."""
 
@@ -105,6 +137,7 @@ class BatchPlan:
     table, settings: changes of the tables on the device, applied in this order before the step runs.
     shared: which rows share a prefix, None = none do. It says how attention may be computed, not what.
     scoring: None where nobody asks for logprobs. masked: None where no grammar limits what is drawn.
+    adjusting: None where all draw from the model's own logits.
     """
 
     step: int
@@ -118,6 +151,7 @@ class BatchPlan:
     shared: SharedPrefixPlan | None = None
     scoring: Scoring | None = None
     masked: MaskedDraws | None = None
+    adjusting: Adjusting | None = None
 
     @property
     def num_rows(self) -> int:

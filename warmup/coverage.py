@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from toka.params import MAX_STOP_TOKEN_IDS
+from toka.params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from toka.plan import (
     SHARED_PREFIX_STEP,
+    Adjusting,
+    AdjustmentSettings,
     BatchPlan,
     BlockTableChanges,
     MaskedDraws,
@@ -46,12 +48,12 @@ def buckets(runner: ModelRunner) -> Iterator[Bucket]:
 
 
 def dummy_plan(
-    bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool, scored: bool = False, masked: bool = False
+    bucket: Bucket, num_blocks: int, block_size: int, *, sampled: bool, scored: bool = False, late: bool = False
 ) -> BatchPlan:
     """A plan that fills a bucket with made-up requests in blocks from 0 up; only for a KV cache that holds nothing yet.
 
     Rows share the bucket's tokens evenly; each begins at position 0. sampled: draw at temperature 1 with every filter on, else greedily.
-    scored: with the logprobs of every token drawn. masked: the first token is drawn under a mask.
+    scored: with the logprobs of every token drawn. late: the first token is drawn under a mask and from adjusted logits.
     """
     rows = np.arange(bucket.num_rows, dtype=np.int32)
     starts = np.linspace(0, bucket.num_tokens, bucket.num_rows + 1).astype(np.int32)
@@ -76,7 +78,8 @@ def dummy_plan(
         table=table,
         settings=_settings(rows, sampled),
         scoring=Scoring(samples[samples], _NO_I32, _NO_I32) if scored else None,
-        masked=_mask_the_first(bucket.num_samples) if masked and bucket.num_samples else None,
+        masked=_mask_the_first(bucket.num_samples) if late and bucket.num_samples else None,
+        adjusting=_adjust_the_first(bucket.num_samples) if late and bucket.num_samples else None,
     )
 
 
@@ -87,6 +90,20 @@ def dummy_masks(vocab_size: int) -> TokenMasks:
 
 def _mask_the_first(num_samples: int) -> MaskedDraws:
     return MaskedDraws(np.arange(num_samples) == 0, np.zeros(1, dtype=np.int64))
+
+
+def _adjust_the_first(num_samples: int) -> Adjusting:
+    settings = AdjustmentSettings(
+        rows=np.zeros(1, dtype=np.int32),
+        num_prompt_tokens=np.zeros(1, dtype=np.int32),
+        penalties=np.ones((1, 3), dtype=np.float32),
+        bias_ids=np.full((1, MAX_LOGIT_BIASES), -1, dtype=np.int32),
+        biases=np.zeros((1, MAX_LOGIT_BIASES), dtype=np.float32),
+        bad_words=np.full((1, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, dtype=np.int32),
+        cached_slots=np.zeros(1, dtype=np.int64),
+        cached_tokens=np.zeros(1, dtype=np.int32),
+    )
+    return Adjusting(np.arange(num_samples) == 0, np.zeros(1, dtype=np.int32), settings)
 
 
 def shared_prefix_plan(num_rows: int, num_blocks: int, block_size: int) -> BatchPlan:

@@ -171,7 +171,8 @@ def largest_step(graph: StepGraph, regions: list[RegionGraph], setup: EngineSetu
 
 
 def step_sizes(sizes: RunnerSizes) -> dict[str, int]:
-    """Numbers for the symbolic sizes of runner/step_program.py in the largest bucket. B, the KV blocks, shapes no value of the step."""
+    """Numbers for the symbolic sizes of runner/step_program.py in the largest bucket. B, the KV blocks, and L, their slots, shape no
+    value of the step."""
     rows = min(sizes.max_tokens, sizes.max_rows)
     return {
         "T": sizes.max_tokens,
@@ -183,6 +184,7 @@ def step_sizes(sizes: RunnerSizes) -> dict[str, int]:
         "W": sizes.max_blocks_per_row,
         "K": rows,
         "B": 1,
+        "L": 1,
         "G": sizes.max_shared_groups + 1,
         "N": MAX_SHARED_LEVELS * sizes.max_rows,
         "X": sizes.max_rows,
@@ -194,7 +196,8 @@ def table_bytes(sizes: RunnerSizes, device: torch.device) -> int:
     nowhere = torch.device("meta")
     tables = sizes.tables(nowhere)
     masks = 0 if device.type == "cpu" else sizes.masks(nowhere).num_bytes
-    return sizes.buffers(tables, nowhere).num_bytes + memory.tensor_bytes(tables.values().values()) + masks
+    of_rows = memory.tensor_bytes((*tables.values().values(), *sizes.adjustments(nowhere).values().values()))
+    return sizes.buffers(tables, nowhere).num_bytes + of_rows + masks
 
 
 def _facts(device: KnownDevice) -> DeviceFacts:

@@ -125,7 +125,7 @@ def _run_buckets(
         for index, bucket in enumerate(buckets):
             progress.detail(f"{bucket.num_tokens} tokens")
             plan = coverage.dummy_plan(
-                bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True, masked=True
+                bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True, late=True
             )
             report.buckets.append(_ready_bucket(runner, plan, bucket, setup.device))
             progress.advance()
@@ -142,8 +142,9 @@ def _ready_bucket(runner: ModelRunner, plan: BatchPlan, bucket: Bucket, device: 
     before = memory.device_memory_in_use(device)
     runner.capture(plan, bucket)
     captured = memory.device_memory_in_use(device) - before
-    runner.run(plan, lambda: masks)  # with masks and logprobs, which are not part of what is captured
-    plan = dataclasses.replace(plan, scoring=None, masked=None)
+    runner.run(plan, lambda: masks)  # with what follows, which is no part of what is captured
+    runner.run(dataclasses.replace(plan, adjusting=None), lambda: masks)
+    plan = dataclasses.replace(plan, scoring=None, masked=None, adjusting=None)
     began = time.perf_counter()
     runner.run(plan)
     run_us = (time.perf_counter() - began) * 1e6

@@ -56,6 +56,7 @@ class EngineSetup:
             max_in_flight=self.config.steps_in_flight,
             max_shared_groups=self.limits.max_shared_groups,
             vocab_size=self.spec.vocab_size,
+            block_size=self.config.block_size,
         )
 
 

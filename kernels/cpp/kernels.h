@@ -21,6 +21,10 @@ Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor tempera
               Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token,
               std::optional<Tensor> masks_KW, std::optional<Tensor> mask_of_R);
 
+Tensor adjust_logits(Tensor logits_SV, Tensor rows_S, Tensor seq_lens_S, Tensor token_of_slot, Tensor block_table,
+                     Tensor num_prompt_tokens, Tensor penalties, Tensor bias_ids, Tensor biases, Tensor bad_words,
+                     int64_t block_size);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(Tensor logits_SV, Tensor ids_S, int64_t k);
 
 Tensor rope_write_kv(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor cos_TF, Tensor sin_TF, Tensor key_cache,

@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY_IMPL(toka_cpp, CPU, m) {
   m.impl("write_kv", TORCH_BOX(&toka::write_kv));
   m.impl("paged_attention", TORCH_BOX(&toka::paged_attention));
   m.impl("sample", TORCH_BOX(&toka::sample));
+  m.impl("adjust_logits", TORCH_BOX(&toka::adjust_logits));
   m.impl("token_logprobs", TORCH_BOX(&toka::token_logprobs));
   m.impl("rope_write_kv", TORCH_BOX(&toka::rope_write_kv));
   m.impl("pack_linear", TORCH_BOX(&toka::pack_linear));

@@ -18,6 +18,7 @@ from toka.errors import ConfigError
 
 # Operator → the module that holds it, below this package; its function is called like the operator.
 MODULES: dict[str, str] = {
+    "adjust_logits": "adjust_logits",
     "linear": "linear",
     "merge_attention": "merge_attention",
     "paged_attention": "paged_attention",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,10 @@ from torch.export import Dim
 import toka.kernels.ops
 from toka.kernels.op_schema import SCHEMAS
 from toka.kernels.registry import IMPLEMENTATIONS
+
+sys.path.insert(0, str(Path(__file__).parent))  # adjusted_case lies beside the tests
+
+from adjusted_case import case
 
 pytestmark = pytest.mark.usefixtures("cpp_kernels")
 
@@ -65,6 +71,8 @@ def arguments(op: str, lens: list[int]) -> tuple[Any, ...]:
         angles = torch.randn(len(query), HEAD_DIM // 2)
         caches = given["key_cache"], given["value_cache"]
         return query, key, value, angles.cos(), angles.sin(), *caches, given["slots_T"]
+    if op == "adjust_logits":
+        return case(VOCAB_SIZE)
     if op != "sample":
         return product_arguments(op, len(query))
     return torch.randn(len(lens) + 1, VOCAB_SIZE), given["rows_R"], given["seq_lens_R"], *tables().values()

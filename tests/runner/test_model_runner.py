@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from toka.errors import InvariantError
-from toka.params import MAX_LOGPROBS
-from toka.plan import BatchPlan, MaskedDraws, Scoring
+from toka.params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIASES, MAX_LOGPROBS
+from toka.plan import Adjusting, AdjustmentSettings, BatchPlan, MaskedDraws, Scoring
 from toka.runner.kv_cache import KVCache, KVCacheShape
 from toka.runner.model_runner import ModelRunner, RunnerSizes
 from toka.runner.step_program import NO_TARGET
@@ -30,7 +30,7 @@ class Doubling:
         self.outputs: dict[int, Tensor] = {}
         self.num_runs = 0
         self.asked: list[list[int]] = []
-        self.num_masked = 0
+        self.num_masked = self.num_adjusted = 0
 
     def run(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         self.num_runs += 1
@@ -44,9 +44,13 @@ class Doubling:
 
     def follow_up(self, op: str, values: Mapping[str, Tensor], step: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Draws the first word of each row's mask, and makes logprobs of the ids that are asked for."""
+        if op == "adjust_logits":
+            self.num_adjusted += 1
+            self.adjusted_rows, self.known = values["adjusted_rows"].tolist(), values["token_of_slot"].clone()
+            return (torch.zeros(len(values["adjusted_rows"]), 8),)
         if op == "sample":
             self.num_masked += 1
-            rows, drawn = values["masked_rows"], values["masks"][:, 0][values["mask_of"].clamp(min=0).long()]
+            rows, drawn = values["late_rows"], values["masks"][:, 0][values["mask_of"].clamp(min=0).long()]
             drawn = torch.where(rows >= 0, drawn, 0)
             values["last_token"][rows[rows >= 0].long()] = drawn[rows >= 0]
             return (drawn,)
@@ -62,6 +66,7 @@ def make_runner(max_captured_tokens: int = 0, token_step: int = 0) -> tuple[Mode
         max_rows=8,
         max_table_rows=16,
         max_blocks_per_row=8,
+        vocab_size=8,
         max_captured_tokens=max_captured_tokens,
         token_step=token_step,
     )
@@ -128,6 +133,38 @@ def test_masked_rows_draw_behind_the_graph_and_others_within_it(captures: bool) 
     assert result.sampled.tolist() == [20, 0, 5] and step.asked[-1][:2] == [20, 5]
     second = runner.run(plan_of(1, [2, 4], [-1 - 2, -1 - 4], [True, True]))
     assert second.sampled.tolist() == [40, 10] and step.num_masked == 1
+
+
+def test_adjusted_rows_draw_late_once_their_tokens_are_known() -> None:
+    """Row 4 alone is adjusted; its newest token is known to the device only. Row 2 draws within the graph."""
+    runner, step = make_runner()
+    first = plan_of(0, [2, 4], [10, 30], [True, True])
+    blocks = np.array([3, 5], dtype=np.int32)
+    table = type(first.table)(np.array([2, 4], dtype=np.int32), np.zeros(2, dtype=np.int32), blocks)
+    settings = AdjustmentSettings(
+        rows=np.array([4], dtype=np.int32),
+        num_prompt_tokens=np.array([9], dtype=np.int32),
+        penalties=np.array([[0.5, 1.0, 2.0]], dtype=np.float32),
+        bias_ids=np.full((1, MAX_LOGIT_BIASES), -1, dtype=np.int32),
+        biases=np.zeros((1, MAX_LOGIT_BIASES), dtype=np.float32),
+        bad_words=np.full((1, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, dtype=np.int32),
+        cached_slots=np.array([82, 81], dtype=np.int64),
+        cached_tokens=np.array([7, 6], dtype=np.int32),
+    )
+    adjusting = Adjusting(np.array([False, True]), np.array([1], dtype=np.int32), settings)
+    assert runner.run(dataclasses.replace(first, table=table, adjusting=adjusting)).sampled.tolist() == [20, 0]
+    assert step.adjusted_rows[:2] == [-1, 4] and (step.num_adjusted, step.num_masked) == (1, 1)
+    assert [int(step.known[slot]) for slot in (24, 80, 81, 82)] == [0, 30, 6, 7]  # blocks of 16
+    tables = runner._adjustments.values()
+    assert tables["penalties"][4].tolist() == [0.5, 1.0, 2.0] and int(tables["num_prompt_tokens"][4]) == 9
+
+    runner._buffers._tables.values()["last_token"][4] = 44
+    second = plan_of(1, [2, 4], [-1 - 2, -1 - 4], [True, True])
+    second = dataclasses.replace(second, seq_lens=np.array([2, 2], dtype=np.int32))
+    runner.run(dataclasses.replace(second, adjusting=dataclasses.replace(adjusting, settings=None)))
+    assert int(step.known[81]) == 44
+    runner.run(dataclasses.replace(second, step=2))
+    assert (step.num_adjusted, step.num_masked) == (2, 2)
 
 
 def test_a_step_with_masked_draws_needs_masks() -> None:

@@ -75,8 +75,9 @@ def test_fill_pads_to_the_bucket() -> None:
         "sample_query_start": [0, 1, 2, 2, 2],
         "draw_rows": [5, 2, -1, -1],
         "sample_targets": [0, 0, 0, 0],  # nobody asks, nobody reads them
-        "masked_rows": [0, 0, 0, 0],  # nor these
+        "late_rows": [0, 0, 0, 0],  # nor these
         "mask_of": [0, 0, 0, 0],
+        "adjusted_rows": [0, 0, 0, 0],
         "shared_groups": [[0, 0, 0, 0, 0]],
         "shared_members": [0],
         "shared_lens": [0] * 8,
@@ -167,5 +168,5 @@ def test_masked_draws_are_taken_out_of_the_others() -> None:
     masked = dataclasses.replace(plan(), masked=MaskedDraws(np.array([False, True]), np.array([7], dtype=np.int64)))
     inputs = {name: tensor.tolist() for name, tensor in step_buffers().fill(masked, Bucket(8, 5, 4)).items()}
     assert inputs["draw_rows"] == [5, -1, -1, -1]
-    assert inputs["masked_rows"] == [-1, 2, -1, -1] and inputs["mask_of"] == [-1, 0, -1, -1]
+    assert inputs["late_rows"] == [-1, 2, -1, -1] and inputs["mask_of"] == [-1, 0, -1, -1]
     assert inputs["sample_rows"] == [5, 2, -1, -1] and inputs["sample_index"] == [2, 3, 0, 0]

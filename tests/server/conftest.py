@@ -1,7 +1,7 @@
 """Fixtures of the server's tests: a server in a thread, answering from a fake engine in another."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # fake_engine, running_server an
 from byte_tokenizer import save_byte_tokenizer
 from fake_engine import Behaviour
 from running_server import RunningServer
+from scripted_chat import TEMPLATE
 from served_process import Served
 
 from toka.config import Config
@@ -35,6 +36,25 @@ def server(tokenizer: Tokenizer) -> Iterator[RunningServer]:
     """A server whose engine repeats the prompt; shared by tests that leave nothing behind."""
     with RunningServer(tokenizer, Config(), Behaviour()) as running:
         yield running
+
+
+@pytest.fixture
+def start_chat_server(tmp_path: Path) -> Iterator[StartServer]:
+    """Starts servers with a chat template (and special tokens, and more of tokenizer_config.json) of the test's own."""
+    running: list[RunningServer] = []
+
+    def start(
+        behaviour: Behaviour, template: str = TEMPLATE, marks: Sequence[str] = (), settings: Any = None, **flags: object
+    ) -> RunningServer:
+        directory = tmp_path / str(len(running))
+        directory.mkdir()
+        tokenizer = Tokenizer.load(save_byte_tokenizer(directory, template, marks, **(settings or {})))
+        running.append(RunningServer(tokenizer, Config(**flags), behaviour))
+        return running[-1].__enter__()
+
+    yield start
+    for one in running:
+        one.__exit__(None, None, None)
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ class Behaviour:
     max_request_tokens: int = MAX_REQUEST_TOKENS
     prompt_scores_per_step: int = 1000
     tokens_per_step: int = 1
+    vocab_size: int = VOCAB_SIZE
 
 
 @dataclass
@@ -144,7 +145,7 @@ class FakeEngine:
 
     def _ready(self) -> Ready:
         return Ready(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=self.behaviour.vocab_size,
             max_context_tokens=self.behaviour.max_request_tokens,
             max_request_tokens=self.behaviour.max_request_tokens,
             num_kv_blocks=1000,

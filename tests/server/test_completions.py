@@ -218,3 +218,36 @@ def test_without_a_deadline_there_is_none(start_server) -> None:
     assert server.post("/v1/completions", {"prompt": "abc", "max_tokens": 1, "deadline_s": None}).status_code == 200
     [submit] = server.engine.submitted()
     assert submit.deadline_s == math.inf
+
+
+def test_what_the_engine_is_told_of_logits(server: RunningServer) -> None:
+    server.openai.completions.create(
+        model="default",
+        prompt="abc",
+        max_tokens=1,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias={"97": -100, "98": 2.5},
+        extra_body={"repetition_penalty": 1.25, "bad_words": ["no", " é"]},
+    )
+    sampling = server.engine.submitted()[-1].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, -1.0, 1.25)
+    assert sampling.logit_bias == ((97, -100.0), (98, 2.5))
+    assert [bytes(word).decode() for word in sampling.bad_words] == ["no", " no", " é"]
+    assert sampling.adjusts_logits
+    server.openai.completions.create(model="default", prompt="abc", max_tokens=1, presence_penalty=0, logit_bias={})
+    assert not server.engine.submitted()[-1].sampling.adjusts_logits
+
+
+def test_the_best_of_several(server: RunningServer) -> None:
+    """The fake engine begins sample i at token i of the prompt, and likes a token the better the smaller it is (from 64 on)."""
+    fields = {"model": "default", "prompt": ["zAyB", "abc"], "max_tokens": 1, "best_of": 4}
+    choices = server.openai.completions.create(**fields, n=2).choices
+    assert [(choice.index, choice.text) for choice in choices] == [(0, "A"), (1, "B"), (2, "a"), (3, "a")]
+    assert all(choice.logprobs is None for choice in choices)
+    reply = server.openai.completions.create(**fields, logprobs=1)
+    assert [choice.logprobs.tokens for choice in reply.choices] == [["A"], ["a"]]
+    assert reply.usage.completion_tokens == 8
+    for wrong in ({"best_of": 1, "n": 2}, {"best_of": 200}, {"best_of": 2, "stream": True}, {"best_of": "x"}):
+        error = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, **wrong}).json()["error"]
+        assert error["param"] == "best_of"

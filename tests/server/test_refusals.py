@@ -34,12 +34,9 @@ def _post(server: RunningServer, path: str, **fields: object) -> httpx.Response:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 2), ("suffix", "x"),
-        ("presence_penalty", 0.5), ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 1}),
-        ("guided_json", {}),
-        ("bad_words", ["x"]), ("truncate_prompt_tokens", 3), ("return_token_ids", True),
+        ("suffix", "x"), ("allowed_token_ids", [1]), ("guided_json", {}), ("reasoning_budget", 5),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("use_beam_search", True),
-        ("metadata", {"a": "b"}), ("never_heard_of", 1), ("never_heard_of", None), ("tools", []),
+        ("never_heard_of", 1), ("never_heard_of", None), ("tools", []),
     ],
 )  # fmt: skip
 def test_completion_fields_that_are_refused_by_name(server: RunningServer, field: str, value: object) -> None:
@@ -55,7 +52,10 @@ def test_completion_fields_that_are_refused_by_name(server: RunningServer, field
         ("tools", [{"type": "function"}]), ("tool_choice", "required"),
         ("functions", [{}]), ("reasoning_effort", "low"),
         ("modalities", ["audio"]), ("continue_final_message", True), ("chat_template", "x"), ("store", True),
-        ("prompt", "x"), ("web_search_options", {}),
+        ("prompt", "x"), ("web_search_options", {}), ("reasoning_budget", 5),
+        ("reasoning_effort", "huge"), ("reasoning_effort", "none"), ("tool_choice", "any"), ("tools", {}),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("tool_choice", {"type": "custom"}),
+        ("parallel_tool_calls", 1),
     ],
 )  # fmt: skip
 def test_chat_fields_that_are_refused_by_name(server: RunningServer, field: str, value: object) -> None:
@@ -89,6 +89,16 @@ def test_values_that_change_nothing_are_accepted(server: RunningServer, path: st
         ({"ignore_eos": 1}, "ignore_eos"), ({"cache_salt": 1}, "cache_salt"),
         ({"session_id": 1}, "session_id"), ({"session_id": "x" * 300}, "session_id"), ({"session_id": ["x"]}, "session_id"),
         ({"deadline_s": 0}, "deadline_s"), ({"deadline_s": -1}, "deadline_s"), ({"deadline_s": 1e9}, "deadline_s"),
+        ({"presence_penalty": 2.1}, "presence_penalty"), ({"presence_penalty": "x"}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"), ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"-1": 1}}, "logit_bias"), ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"), ({"logit_bias": {"258": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias"), ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
+        ({"bad_words": [""]}, "bad_words"), ({"bad_words": ["much too long"]}, "bad_words"), ({"bad_words": "x"}, "bad_words"),
+        ({"bad_words": ["x"] * 65}, "bad_words"), ({"bad_words": [str(i) for i in range(40)]}, "bad_words"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"), ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"metadata": {"a": 1}}, "metadata"), ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+        ({"return_token_ids": 1}, "return_token_ids"), ({"return_timings": "x"}, "return_timings"),
         ({"deadline_s": "soon"}, "deadline_s"), ({"priority": 1.5}, "priority"), ({"priority": "high"}, "priority"),
     ],
 )  # fmt: skip
@@ -111,7 +121,10 @@ def test_prompts_that_are_none(server: RunningServer, prompt: object) -> None:
     [[], "hi", [5], [{}], [{"role": "user", "content": 5}], [{"role": 5, "content": "x"}],
      [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
      [{"role": "user", "content": "x", "weird": 1}],
-     [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]],
+     [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+     [{"role": "user", "content": "x", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}],
+     [{"role": "tool", "tool_call_id": "1"}], [{"role": "user"}],
+     [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}]],
 )  # fmt: skip
 def test_messages_that_are_none(server: RunningServer, messages: object) -> None:
     assert _error(server.post(CHAT, {"messages": messages, "max_tokens": 1}))["param"] == "messages"

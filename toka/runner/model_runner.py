@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from toka.compile.compiled_model import CompiledModel
 from toka.errors import InvariantError
 from toka.params import MAX_LOGPROBS
 from toka.plan import MAX_SHARED_LEVELS, BatchPlan, StepLogprobs, StepResult, TokenMasks
+from toka.runner.adjustment_tables import AdjustmentTables
 from toka.runner.device_tables import DeviceTables
 from toka.runner.kv_cache import KVCache
 from toka.runner.step_buffers import Bucket, StepBuffers
@@ -32,7 +33,7 @@ class RunnerSizes:
     max_captured_tokens: steps of up to so many tokens are captured whole, so their sizes follow from their number of tokens alone;
     0 = none is. token_step: buckets of tokens are multiples of it, below it powers of two; 0 = the usual ladder. max_in_flight: steps
     launched before the first one's result is read. max_shared_groups: groups of rows that share a prefix, in one step.
-    vocab_size: bits of a token mask.
+    vocab_size: bits of a token mask. block_size: tokens in one KV block.
     """
 
     max_tokens: int
@@ -44,6 +45,7 @@ class RunnerSizes:
     max_in_flight: int = 2
     max_shared_groups: int = 0
     vocab_size: int = 0
+    block_size: int = 16
 
     def token_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that steps are padded to, ascending."""
@@ -79,6 +81,10 @@ class RunnerSizes:
             max_shared_members=MAX_SHARED_LEVELS * self.max_rows,
             depth=self.max_in_flight,
         )
+
+    def adjustments(self, device: torch.device) -> AdjustmentTables:
+        """What stays on the device of the rows whose logits are adjusted."""
+        return AdjustmentTables(self.max_table_rows, self.block_size, device)
 
     def masks(self, device: torch.device) -> TokenMaskBuffer:
         """Where the masks of a step lie."""
@@ -131,6 +137,8 @@ class ModelRunner:
         self._tables = sizes.tables(device)
         self._buffers = sizes.buffers(self._tables, device)
         self._masks = sizes.masks(device)
+        self._no_masks = torch.zeros((1, num_mask_words(sizes.vocab_size)), dtype=torch.int32, device=device)
+        self._adjustments = sizes.adjustments(device)
         self._static = self._tables.values()
         self._capturer = Capturer(device)
         self._captured: dict[Bucket, Replay] = {}
@@ -139,7 +147,8 @@ class ModelRunner:
     @property
     def table_bytes(self) -> int:
         """Size of the step's inputs and of the tables that stay on the device."""
-        of_rows = sum(tensor.nbytes for tensor in self._tables.values().values())
+        tables = (*self._tables.values().values(), *self._adjustments.values().values())
+        of_rows = sum(tensor.nbytes for tensor in tables)
         return self._buffers.num_bytes + of_rows + self._masks.num_bytes
 
     def attach(self, cache: KVCache) -> None:
@@ -148,6 +157,7 @@ class ModelRunner:
         for layer, (key_cache, value_cache) in enumerate(zip(cache.keys, cache.values, strict=True)):
             self._static[f"key_cache.{layer}"] = key_cache
             self._static[f"value_cache.{layer}"] = value_cache
+        self._adjustments.attach(len(cache.keys[0]))
 
     def bucket_for(self, num_tokens: int, num_samples: int) -> Bucket:
         tokens = bucket_of(num_tokens, self.token_sizes)
@@ -190,6 +200,8 @@ class ModelRunner:
         step = self.compiled.warm(inputs, to_the_end=bucket.num_samples > 0)
         if step:
             self._follow_ups(BegunStep(plan, inputs, step), masks)
+            if plan.adjusting is not None:  # whose logits are of a type of their own
+                self._follow_ups(BegunStep(replace(plan, adjusting=None), inputs, step), masks)
 
     @torch.no_grad()
     def capture(self, plan: BatchPlan, bucket: Bucket) -> None:
@@ -197,18 +209,29 @@ class ModelRunner:
         self._captured[bucket] = self._capturer.capture(partial(self.compiled.run, self._inputs(plan, bucket)))
 
     def _follow_ups(self, begun: BegunStep, masks: TokenMasks | None) -> _Outputs:
-        """What was drawn, under masks too, and if anybody asks logprobs, ranks, likeliest ids and their logprobs."""
-        drawn = begun.outputs[0]
-        if begun.plan.masked is not None:
-            if masks is None:
-                raise InvariantError(f"step {begun.plan.step} has masked draws and got no masks")
-            values = {**begun.inputs, "masks": self._masks.send(masks)}
+        """What was drawn, late too, and if anybody asks logprobs, ranks, likeliest ids and their logprobs."""
+        plan, drawn = begun.plan, begun.outputs[0]
+        if plan.adjusting is not None:
+            self._adjustments.take(plan.adjusting, begun.inputs)
+        if plan.masked is not None or (plan.adjusting is not None and plan.adjusting.drawn.any()):
             # Each place is drawn by one of the two and is 0 in the other's result.
-            drawn = drawn + self.compiled.follow_up("sample", values, begun.outputs)[0]
-        if begun.plan.scoring is None:
+            drawn = drawn + self._draw_late(begun, masks)
+        if plan.scoring is None:
             return (drawn,)
         wanted = {"scored_ids": scored_ids(begun.inputs["sample_targets"], drawn)}
         return drawn, *self.compiled.follow_up("token_logprobs", wanted, begun.outputs)
+
+    def _draw_late(self, begun: BegunStep, masks: TokenMasks | None) -> torch.Tensor:
+        """Tokens of the rows that the graph passed over: drawn from adjusted logits, under masks, or both."""
+        plan, outputs = begun.plan, begun.outputs
+        values = {**begun.inputs, **self._adjustments.values(), "masks": self._no_masks}
+        if plan.masked is not None:
+            if masks is None:
+                raise InvariantError(f"step {plan.step} has masked draws and got no masks")
+            values["masks"] = self._masks.send(masks)
+        if plan.adjusting is not None:
+            outputs = (outputs[0], *self.compiled.follow_up("adjust_logits", values, outputs))
+        return self.compiled.follow_up("sample", values, outputs)[0]
 
     def _inputs(self, plan: BatchPlan, bucket: Bucket) -> dict[str, torch.Tensor]:
         return {**self._static, **self._buffers.fill(plan, bucket)}

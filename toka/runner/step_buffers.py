@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from toka.plan import I32, BatchPlan, SharedPrefixPlan
@@ -26,8 +25,9 @@ _OF_SAMPLES = (
     "sample_seq_lens",
     "draw_rows",
     "sample_targets",
-    "masked_rows",
+    "late_rows",
     "mask_of",
+    "adjusted_rows",
 )
 NO_MASK = -1
 
@@ -51,8 +51,9 @@ class StepBuffers:
     that are scored), sample_rows, sample_seq_lens [S]; sample_query_start [S + 1] (query_start for these tokens alone, one query each);
     draw_rows [S] (the row for which the sampler draws; -1 = none); sample_targets [S] (whose logprob is wanted: an id, DRAWN_TARGET or
     NO_TARGET; written where the plan has a Scoring);
-    masked_rows, mask_of [S] (the row for which a token is drawn under a mask, once the rest of the step is done, and that mask's place
-    among them; written where the plan has MaskedDraws, whose rows are then none of draw_rows);
+    late_rows, mask_of, adjusted_rows [S] (the row for which a token is drawn once the rest of the step is done, the place of its mask
+    among the step's or NO_MASK, and the row again if its logits are adjusted before; written where the plan has MaskedDraws or
+    Adjusting, whose rows are then none of draw_rows);
     shared_groups [G, 5], shared_members [N], shared_lens [max_rows]: which rows share a prefix, as in plan.SharedPrefixPlan; of one size
     for all buckets.
     Padding: tokens have row -1, rows are -1 with no tokens, samples have row -1 and no target; groups have no members.
@@ -120,10 +121,10 @@ class StepBuffers:
         write("query_start", plan.query_start, bucket.num_rows + 1, plan.num_tokens)
         index, sample_rows = plan.query_start[1 : rows + 1][plan.samples] - 1, plan.rows[plan.samples]
         seq_lens = plan.seq_lens[plan.samples]
-        if plan.masked is None:
+        if plan.masked is None and plan.adjusting is None:
             write("draw_rows", sample_rows, bucket.num_samples, PADDING_ROW)
         else:
-            self._write_masked_draws(plan.masked.drawn, sample_rows, bucket)
+            self._write_late_draws(plan, sample_rows, bucket)
         if plan.scoring is not None:
             places = plan.scoring.places
             drawn = np.where(plan.scoring.drawn, np.int32(DRAWN_TARGET), np.int32(NO_TARGET))
@@ -141,12 +142,17 @@ class StepBuffers:
         write("shared_members", shared.members)
         write("shared_lens", shared.lens, self._shared["shared_lens"].size, 0)
 
-    def _write_masked_draws(self, drawn: npt.NDArray[np.bool_], rows: I32, bucket: Bucket) -> None:
-        """Part the rows that draw into those under a mask, by drawn, and the others."""
-        write, num_samples = self._staging.write, bucket.num_samples
-        write("draw_rows", np.where(drawn, np.int32(PADDING_ROW), rows), num_samples, PADDING_ROW)
-        write("masked_rows", np.where(drawn, rows, np.int32(PADDING_ROW)), num_samples, PADDING_ROW)
-        write("mask_of", np.where(drawn, np.cumsum(drawn) - 1, NO_MASK), num_samples, NO_MASK)
+    def _write_late_draws(self, plan: BatchPlan, rows: I32, bucket: Bucket) -> None:
+        """Part the rows that draw into those that do it late, under a mask or from adjusted logits, and the others."""
+        write, num_samples, none = self._staging.write, bucket.num_samples, np.int32(PADDING_ROW)
+        nobody = np.zeros(len(rows), dtype=np.bool_)
+        masked = nobody if plan.masked is None else plan.masked.drawn
+        adjusted = nobody if plan.adjusting is None else plan.adjusting.drawn
+        late = masked | adjusted
+        write("draw_rows", np.where(late, none, rows), num_samples, PADDING_ROW)
+        write("late_rows", np.where(late, rows, none), num_samples, PADDING_ROW)
+        write("mask_of", np.where(masked, np.cumsum(masked) - 1, NO_MASK), num_samples, NO_MASK)
+        write("adjusted_rows", np.where(adjusted, rows, none), num_samples, PADDING_ROW)
 
     def _views_of(self, bucket: Bucket) -> dict[str, torch.Tensor]:
         sizes = {

@@ -1,18 +1,19 @@
 """One step of a decoder, from token ids to sampled ids, as regions for the compiler (floor 5).
 
-    begin ─► layer × (num_layers - 1) ─► last ┄► masked sample ┄► logprobs
+    begin ─► layer × (num_layers - 1) ─► last ┄► adjusted logits ┄► late sample ┄► logprobs
 
 `begin` finds each token's id, rope angles and KV slot, and embeds it; a layer region stands for all layers of its kind; `last` holds the
 last layer, the final norm, the LM head and the sampler. Of the last layer most rows need no more than their keys and values: its
 module computes them all and then keeps those whose logits are wanted, and the compiler drops the rest (passes/select_rows.py).
-The logits come out too, for two operators that run behind the steps in which somebody asks for them. `sample` draws once more, for rows
+The logits come out too, for operators that run behind the steps in which somebody asks for them. `sample` draws once more, for rows
 whose tokens a grammar limits: `last` passes these over, for their masks depend on what the step before has drawn and are made while this
 one runs; so no step waits for a mask but behind its last product, and steps without masks are what they would be if there were none.
-`token_logprobs` finds logprobs.
+Those whose logits are to be adjusted (penalties, biases, bad words) are drawn there too, from what `adjust_logits` makes of them.
+`token_logprobs` finds logprobs, of the model's own logits.
 
 Legend: T tokens, R rows, S samples, M rows of the request table, W blocks a row, B KV blocks, C hidden, D head dim, F = D / 2,
 G groups of rows that share a prefix, N members of all groups, X rows that may be members; a step has always as many as there can be.
-K masks.
+K masks, L slots of the KV cache.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from toka.compile.step_graph import Call, OperatorCall, Region, StepGraph, Tenso
 from toka.models.decoder import CausalLM, DecoderLayer
 from toka.models.inputs import ForwardInputs
 from toka.models.rope import Rope
-from toka.params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from toka.params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from toka.placement import AxisPlacements, placements_of
+from toka.runner.adjustment_tables import TABLES
 from toka.runner.kv_cache import KVCacheShape
 from toka.weights.weight import Weight
 
@@ -146,7 +148,7 @@ def build_step_graph(model: CausalLM, dtype: torch.dtype, block_size: int) -> St
         },
         "last": _last_region(model, last, dtype, block_size),
     }
-    follow_ups = _follow_ups(TensorSpec(dtype, ("S", model.spec.vocab_size)))
+    follow_ups = _follow_ups(TensorSpec(dtype, ("S", model.spec.vocab_size)), block_size)
     return StepGraph(
         tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled", "logits"), follow_ups
     )
@@ -241,13 +243,25 @@ def _settings_inputs() -> tuple[tuple[str, TensorSpec], ...]:
     )
 
 
-def _follow_ups(logits: TensorSpec) -> tuple[OperatorCall, ...]:
+def _follow_ups(logits: TensorSpec, block_size: int) -> tuple[OperatorCall, ...]:
     """What may run behind a step."""
     of_samples, (_, vocab_size) = TensorSpec(_INT, ("S",)), logits.shape
     assert isinstance(vocab_size, int)
-    masked = (
+    adjusted = (
         ("logits", logits),
-        ("masked_rows", of_samples),
+        ("adjusted_rows", of_samples),
+        ("sample_seq_lens", of_samples),
+        ("token_of_slot", TensorSpec(_INT, ("L",))),
+        ("block_table", TensorSpec(_INT, ("M", "W"))),
+        ("num_prompt_tokens", TensorSpec(_INT, ("M",))),
+        ("penalties", TensorSpec(torch.float32, ("M", 3))),
+        ("bias_ids", TensorSpec(_INT, ("M", MAX_LOGIT_BIASES))),
+        ("biases", TensorSpec(torch.float32, ("M", MAX_LOGIT_BIASES))),
+        ("bad_words", TensorSpec(_INT, ("M", MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS))),
+    )
+    late = (
+        ("logits", logits),
+        ("late_rows", of_samples),
         ("sample_seq_lens", of_samples),
         *_settings_inputs(),
         ("last_token", TensorSpec(_INT, ("M",))),
@@ -255,7 +269,11 @@ def _follow_ups(logits: TensorSpec) -> tuple[OperatorCall, ...]:
         ("mask_of", of_samples),
     )
     scored = (("logits", logits), ("scored_ids", of_samples))
-    return OperatorCall("sample", masked, ()), OperatorCall("token_logprobs", scored, (MAX_LOGPROBS,))
+    return (
+        OperatorCall("adjust_logits", adjusted, (block_size,)),
+        OperatorCall("sample", late, ()),
+        OperatorCall("token_logprobs", scored, (MAX_LOGPROBS,)),
+    )
 
 
 def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block_size: int) -> Region:
@@ -321,5 +339,5 @@ def _step_inputs(model: CausalLM) -> tuple[str, ...]:
     step = ("token_ids", "token_rows", "positions", "rows", "query_start", "seq_lens")
     shared = ("shared_groups", "shared_members", "shared_lens")
     samples = ("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens", "draw_rows")
-    masked = ("masked_rows", "mask_of", "masks")
-    return (*step, *shared, *samples, *masked, "block_table", "last_token", *SETTINGS, *caches)
+    late = ("late_rows", "mask_of", "masks", "adjusted_rows", *TABLES, "token_of_slot")
+    return (*step, *shared, *samples, *late, "block_table", "last_token", *SETTINGS, *caches)

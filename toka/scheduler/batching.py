@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from toka.plan import I32, I64, MaskedDraws, Scoring
+from toka.plan import I32, I64, Adjusting, AdjustmentSettings, MaskedDraws, Scoring
 from toka.scheduler.request_table import RequestTable, Rows
 from toka.scheduler.scoring import ScoringInFlight, plan_scoring
 
@@ -23,9 +23,11 @@ class DecodeSet:
     samples bool, all True; request_ids int64; num_cached_tokens, generations int32;
     final_seq_lens int32: the seq_len of the step in which each row draws its last token.
     scoring, scoring_in_flight: see scoring.py; None if none of the rows asks for logprobs. masked: None if no row has a grammar.
+    adjusting: None if no row's logits are adjusted.
     """
 
     __slots__ = (
+        "adjusting",
         "final_seq_lens",
         "generations",
         "masked",
@@ -54,6 +56,7 @@ class DecodeSet:
         self.scoring_in_flight: ScoringInFlight | None
         self.scoring, self.scoring_in_flight = plan_scoring(rows, [], _NO_I32, table)
         self.masked = masked_draws(rows, table)
+        self.adjusting = adjusting(rows, rows, table)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,6 +78,16 @@ def masked_draws(drawn_rows: Rows, table: RequestTable) -> MaskedDraws | None:
     """Which of the tokens that these rows draw are masked; None if none is."""
     masked = table.has_grammar[drawn_rows]
     return MaskedDraws(masked, table.request_id[drawn_rows[masked]]) if masked.any() else None
+
+
+def adjusting(
+    drawn_rows: Rows, token_rows: Rows, table: RequestTable, settings: AdjustmentSettings | None = None
+) -> Adjusting | None:
+    """Which of these rows that draw, and of the rows of the batch's tokens, have their logits adjusted; None if none has."""
+    places = np.flatnonzero(table.is_adjusted[token_rows])
+    if not len(places):
+        return None
+    return Adjusting(table.is_adjusted[drawn_rows], places.astype(np.int32), settings)
 
 
 @dataclass(frozen=True, slots=True)

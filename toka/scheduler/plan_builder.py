@@ -6,7 +6,16 @@ import numpy as np
 
 from toka.params import MAX_STOP_TOKEN_IDS
 from toka.plan import I32, I64, BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
-from toka.scheduler.batching import Chunk, DecodeSet, EndsWithoutToken, Filled, StepInFlight, masked_draws
+from toka.scheduler.adjustments import adjustments_of
+from toka.scheduler.batching import (
+    Chunk,
+    DecodeSet,
+    EndsWithoutToken,
+    Filled,
+    StepInFlight,
+    adjusting,
+    masked_draws,
+)
 from toka.scheduler.request import Request
 from toka.scheduler.request_table import RequestTable
 from toka.scheduler.scoring import plan_scoring
@@ -48,6 +57,7 @@ def build_decode_plan(
         shared=shared,
         scoring=decodes.scoring,
         masked=decodes.masked,
+        adjusting=decodes.adjusting,
     )
     in_flight = StepInFlight(
         step=step,
@@ -70,12 +80,12 @@ def build_mixed_plan(
     seq_lens: I32,
     chunks: list[Chunk],
     changes: BlockTableChanges,
-    settings: RowSettings,
+    admitted: list[tuple[int, Request]],
     filled: Filled,
     shared: SharedPrefixPlan | None,
     table: RequestTable,
 ) -> tuple[BatchPlan, StepInFlight]:
-    """A step with prompt chunks after the decode rows (of which there may be none)."""
+    """A step with prompt chunks after the decode rows (of which there may be none). admitted: requests that get these rows in it."""
     chunk_rows = np.array([c.row for c in chunks], dtype=np.intp)
     chunk_lens = np.array([c.stop - c.start for c in chunks], dtype=np.int32)
     chunk_ends = np.array([c.stop for c in chunks], dtype=np.int32)
@@ -94,10 +104,13 @@ def build_mixed_plan(
         seq_lens=np.concatenate((seq_lens, chunk_ends)),
         samples=samples,
         table=changes,
-        settings=settings,
+        settings=settings_of(admitted),
         shared=shared,
         scoring=scoring,
         masked=masked_draws(drawn_rows, table),
+        adjusting=adjusting(
+            drawn_rows, np.repeat(rows, np.diff(query_start)), table, adjustments_of(admitted, chunks, table)
+        ),
     )
     in_flight = StepInFlight(
         step=step,

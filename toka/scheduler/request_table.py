@@ -37,7 +37,7 @@ class RequestTable:
     num_registered_blocks int32: blocks from the row's start that were offered to the prefix index or found there.
     num_logprobs, num_prompt_logprobs int32: likeliest tokens wanted with each generated token and each of the prompt; -1 = no logprobs.
     num_unscored int32: places of the prompt that are to be scored and that no plan has scored yet.
-    has_grammar bool: whether tokens are drawn under masks.
+    has_grammar bool: whether tokens are drawn under masks. is_adjusted bool: whether they are drawn from adjusted logits.
     generation int32: changes when results under way stop being wanted.
     tokens int32 [M, L]; blocks int32 [M, B]; stop_ids int32 [S, M], -1 where unused.
     """
@@ -62,6 +62,7 @@ class RequestTable:
         self.num_prompt_logprobs = np.full(rows, -1, dtype=np.int32)
         self.num_unscored = np.zeros(rows, dtype=np.int32)
         self.has_grammar = np.zeros(rows, dtype=np.bool_)
+        self.is_adjusted = np.zeros(rows, dtype=np.bool_)
         self.generation = np.zeros(rows, dtype=np.int32)
         # Whole blocks and whole cache lines a row, an odd number of the least such unit: rows a power of two apart would all
         # fall into the same few sets of the cache. Pages are touched only as requests grow into them.

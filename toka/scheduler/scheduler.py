@@ -37,7 +37,6 @@ from toka.scheduler.plan_builder import (
     build_decode_plan,
     build_mixed_plan,
     merge_table_changes,
-    settings_of,
 )
 from toka.scheduler.prefix_index import PrefixIndex
 from toka.scheduler.prefix_registrar import PrefixRegistrar
@@ -171,8 +170,7 @@ class Scheduler:
         self._new_blocks = []
         shared = None if self._groups is None else self._groups.groups(decodes)
         if chunks:
-            settings = settings_of(admitted)
-            plan, in_flight = build_mixed_plan(step, decodes, seq_lens, chunks, merged, settings, filled, shared, table)
+            plan, in_flight = build_mixed_plan(step, decodes, seq_lens, chunks, merged, admitted, filled, shared, table)
         else:
             plan, in_flight = build_decode_plan(step, decodes, seq_lens, merged, filled, shared, table.epoch)
         self._in_flight.append(in_flight)
@@ -462,6 +460,7 @@ class Scheduler:
         table.num_prompt_logprobs[row] = _or_none(request.sampling.prompt_logprobs)
         table.num_unscored[row] = request.num_unscored
         table.has_grammar[row] = request.sampling.structured is not None
+        table.is_adjusted[row] = request.sampling.adjusts_logits
         table.max_total_tokens[row] = request.max_total_tokens
         table.num_tokens[row] = len(tokens)
         table.num_computed_tokens[row] = num_computed

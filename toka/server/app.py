@@ -10,7 +10,17 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from toka.server import abort, batches, chat_completions, completions, files, health, models, page, tokenization
+from toka.server import (
+    abort,
+    batches,
+    chat_completions,
+    completions,
+    files,
+    health,
+    models,
+    page,
+    tokenization,
+)
 from toka.server.batch_runner import BatchRunner
 from toka.server.error_replies import add_error_handlers
 from toka.server.guard import Guard

@@ -76,15 +76,13 @@ def _supported_fields(fields: dict[str, Any], schema: type[msgspec.Struct]) -> d
                 kept[name] = value
         elif name not in neutral:
             raise RequestError(f"{_short(name)} is not supported by this version.", _short(name), code="unknown_field")
-        elif not (value is None or _is_neutral(name, value, fields, neutral[name])):
+        elif not (value is None or _is_neutral(value, neutral[name])):
             instead = f"say {REPLACED_FIELDS[name]} instead" if name in REPLACED_FIELDS else "leave it out"
             raise RequestError(f"{name} is not supported yet by this version; {instead}.", name, code="unsupported")
     return kept
 
 
-def _is_neutral(name: str, value: Any, fields: dict[str, Any], allowed: tuple[Any, ...]) -> bool:
-    if name == "best_of":
-        return type(value) is int and value == (fields.get("n") or 1)
+def _is_neutral(value: Any, allowed: tuple[Any, ...]) -> bool:
     # bool is an int to Python: without this, `logprobs: 0`, which asks for something, would pass for false
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in allowed)
 

@@ -11,13 +11,14 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from toka.errors import RequestError
+from toka.params import MAX_SAMPLES_PER_REQUEST
 from toka.server.body import read_body
 from toka.server.generation import Generation, Sample, TokenEvent
 from toka.server.logprobs import completion_logprobs, prompt_logprobs, scored_prompt
 from toka.server.openapi import describe
 from toka.server.request_context import current
 from toka.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from toka.server.serving import Serving, num_prompt_logprobs, serving_of, usage_of
+from toka.server.serving import Serving, num_prompt_logprobs, serving_of, timings_of, usage_of
 from toka.server.stream import ChunkTemplate, respond
 from toka.server.structured import structured_output
 from toka.text.held_scores import ScoredToken
@@ -38,6 +39,9 @@ async def create_completion(request: Request) -> Response:
     model = serving.check_model(body.model)
     structured = await structured_output(serving, body)
     prompts, texts = await _token_prompts(serving, body)
+    if body.truncate_prompt_tokens is not UNSET:
+        prompts, texts = serving.truncated(body, prompts), []
+    num_kept = _num_kept(body)
     logprobs = None if body.logprobs is UNSET else body.logprobs
     of_prompt = [num for num in (num_prompt_logprobs(body), logprobs if body.echo else None) if num is not None]
     generation = serving.submit(
@@ -47,11 +51,11 @@ async def create_completion(request: Request) -> Response:
         default_max_tokens=DEFAULT_MAX_TOKENS,
         start_time=start_time,
         structured=structured,
-        logprobs=logprobs,
+        logprobs=0 if logprobs is None and num_kept < body.n else logprobs,
         prompt_logprobs=max(of_prompt, default=None),
         may_generate_nothing=body.echo or bool(of_prompt),
     )
-    replies = _Replies(serving.tokenizer, body, generation, prompts, texts)
+    replies = _Replies(serving.tokenizer, body, generation, prompts, texts, num_kept)
     head: dict[str, Any] = {
         "id": f"cmpl-{current.get().request_id}",
         "object": "text_completion",
@@ -65,8 +69,26 @@ async def create_completion(request: Request) -> Response:
         generation,
         abort=lambda: serving.engine.abort(generation),
         chunks=(lambda events: _chunks(head, replies, events)) if body.stream else None,
-        whole=lambda: Completion(**head, choices=replies.choices(), usage=usage_of(generation)),
+        whole=lambda: Completion(
+            **head,
+            choices=replies.choices(),
+            usage=usage_of(generation),
+            timings=timings_of(generation) if body.return_timings else UNSET,
+        ),
     )
+
+
+def _num_kept(body: CompletionRequest) -> int:
+    """How many samples of a prompt the reply tells; n becomes the number that is generated."""
+    num_kept, best_of = body.n, body.best_of
+    if best_of is UNSET:
+        return num_kept
+    if not num_kept <= best_of <= MAX_SAMPLES_PER_REQUEST:
+        raise RequestError(f"best_of must be from n to {MAX_SAMPLES_PER_REQUEST}.", "best_of")
+    if best_of > num_kept and body.stream:
+        raise RequestError("best_of is not available with stream, unless it equals n.", "best_of")
+    body.n = best_of
+    return num_kept
 
 
 async def _token_prompts(serving: Serving, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
@@ -95,7 +117,7 @@ def prompts_of(prompt: Prompt) -> tuple[list[str], list[list[int]]]:
 class _Replies:
     """What the choices of one request say: their text, after the prompt's where it is echoed, and their logprobs.
 
-    prompts: token ids. texts: of the prompts, empty where the client gave token ids.
+    prompts: token ids. texts: of the prompts, empty where the client gave token ids. num_kept: samples of each prompt that are told.
     """
 
     def __init__(
@@ -105,8 +127,10 @@ class _Replies:
         generation: Generation,
         prompts: Sequence[Sequence[int]],
         texts: Sequence[str],
+        num_kept: int,
     ):
         self.body, self.generation = body, generation
+        self._num_kept = num_kept
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._texts: Sequence[str] = [""] * len(prompts)
@@ -114,8 +138,17 @@ class _Replies:
             self._texts = texts or [tokenizer.decode(prompt) for prompt in prompts]
 
     def choices(self) -> list[CompletionChoice]:
-        """All of them, whole."""
-        return [self._choice(sample) for sample in self.generation.samples]
+        """Those that are told, whole; where that is not all, the likeliest per token of each prompt, the best one first."""
+        samples, num_made = self.generation.samples, self.generation.samples_per_prompt
+        if self._num_kept == num_made:
+            return [self._choice(sample) for sample in samples]
+        kept: list[CompletionChoice] = []
+        for first in range(0, len(samples), num_made):
+            best = sorted(samples[first : first + num_made], key=_mean_logprob, reverse=True)[: self._num_kept]
+            kept += [
+                msgspec.structs.replace(self._choice(sample), index=len(kept) + i) for i, sample in enumerate(best)
+            ]
+        return kept
 
     def _choice(self, sample: Sample) -> CompletionChoice:
         text, logprobs = self._text_of(sample.index), self.logprobs_of(sample.index, sample.scores)
@@ -125,7 +158,13 @@ class _Replies:
         if self.body.prompt_logprobs is not UNSET:
             scores = self.generation.prompt_scores[self._prompt_of(sample.index)]
             choice.prompt_logprobs = prompt_logprobs(self._tokenizer, scores, self.body.prompt_logprobs)
+        if self.body.return_token_ids:
+            choice.token_ids, choice.prompt_token_ids = sample.token_ids, self.prompt_ids_of(sample.index)
         return choice
+
+    def prompt_ids_of(self, choice: int) -> list[int]:
+        """The prompt of this choice."""
+        return list(self._prompts[self._prompt_of(choice)])
 
     def logprobs_of(self, choice: int, scores: Sequence[ScoredToken]) -> CompletionLogprobs | None:
         """Of these generated tokens; None unless asked for."""
@@ -155,6 +194,12 @@ class _Replies:
         return choice // self.generation.samples_per_prompt
 
 
+def _mean_logprob(sample: Sample) -> float:
+    """How likely the sample's tokens are, those that appear."""
+    logprobs = [token.score.logprob for token in sample.scores if token.score is not None]
+    return sum(logprobs) / max(len(logprobs), 1)
+
+
 def _joined(first: CompletionLogprobs, then: CompletionLogprobs) -> CompletionLogprobs:
     return CompletionLogprobs(
         first.text_offset + then.text_offset,
@@ -168,18 +213,23 @@ async def _chunks(
     head: dict[str, Any], replies: _Replies, events: AsyncIterator[list[TokenEvent]]
 ) -> AsyncIterator[bytes]:
     body, generation = replies.body, replies.generation
-    with_usage = body.stream_options is not UNSET and body.stream_options.include_usage
-    template = ChunkTemplate(head, b'"text":', b"", with_usage=with_usage)
+    template = ChunkTemplate(head, b'"text":', b"", options=body.stream_options, usage=lambda: usage_of(generation))
+    unnamed = {sample.index for sample in generation.samples}  # choices whose prompts' ids were not told yet
 
     def chunk(event: TokenEvent) -> bytes:
-        if not event.scores:
-            return template.token(event)
-        return template.token(event, msgspec.json.encode(replies.logprobs_of(event.choice, event.scores)))
+        logprobs = msgspec.json.encode(replies.logprobs_of(event.choice, event.scores)) if event.scores else b"null"
+        return template.token(event, logprobs, token_ids(event) if body.return_token_ids else b"")
+
+    def token_ids(event: TokenEvent) -> bytes:
+        more = b',"token_ids":%b' % msgspec.json.encode([event.token_id] if event.token_id >= 0 else [])
+        if event.choice in unnamed:
+            unnamed.remove(event.choice)
+            more += b',"prompt_token_ids":%b' % msgspec.json.encode(replies.prompt_ids_of(event.choice))
+        return more
 
     async for batch in _echoed(replies, template, events) if body.echo else events:
         yield b"".join(each if isinstance(each, bytes) else chunk(each) for each in batch)
-    if with_usage:
-        yield template.usage(usage_of(generation))
+    yield template.last((lambda: timings_of(generation)) if body.return_timings else None)
 
 
 async def _echoed(

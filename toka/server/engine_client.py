@@ -243,7 +243,9 @@ class EngineClient:
             for request_id, score in step.prompt_scores.entries():
                 if (scored := self._samples.get(request_id)) is not None:
                     scored[0].take_prompt_score(score)
-        scores = {} if step.scores is None else dict(step.scores.entries())  # one token a step, where they are asked for
+        scores = (
+            {} if step.scores is None else dict(step.scores.entries())
+        )  # one token a step, where they are asked for
         for request_id, begun_s in zip(
             np.frombuffer(step.begun, "<i8").tolist(), np.frombuffer(step.begun_s, "<f8").tolist(), strict=True
         ):

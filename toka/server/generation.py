@@ -20,19 +20,24 @@ from toka.metrics import Metrics, SampleTimes
 from toka.params import SamplingParams
 from toka.text.generated_text import GeneratedText
 from toka.text.held_scores import HeldScores, ScoredToken
+from toka.text.reply_parts import Part
+from toka.text.reply_reader import ReplyReading
 from toka.text.tokenizer import Tokenizer
 
 MAX_PENDING_EVENTS = 4096  # tokens a streaming client may lag behind
 
 
 class TokenEvent(NamedTuple):
-    """One token of one choice: the choice's index, the text that is now certain (may be empty), the reason if it is the last, and
-    where logprobs are asked for the tokens that appear with this text."""
+    """One token of one choice: the choice's index, the text that is now certain (may be empty), the reason if it is the last,
+    where logprobs are asked for the tokens that appear with this text, where the reply is read what parts the text has, and the
+    token's id, -1 = the end came without one."""
 
     choice: int
     text: str
     finish_reason: str | None
     scores: Sequence[ScoredToken] = ()
+    parts: Sequence[Part] = ()
+    token_id: int = -1
 
 
 class SampleFailedError(TokaError):
@@ -46,7 +51,8 @@ class DeadlineError(TokaError):
 class Sample:
     """One choice of a request, from the first token to the last. scores: its tokens that appear, where logprobs are asked for.
 
-    begun_s, first_token_s: when the engine planned its first step, and when its first token came (time.perf_counter()); nan before.
+    reader: reads its text as a reply, where that is wanted. token_ids: all that were generated. begun_s: when the engine planned its
+    first step, first_token_s: when its first token came (time.perf_counter(); nan before), last_token_s: when the latest.
     """
 
     __slots__ = (
@@ -54,22 +60,33 @@ class Sample:
         "_generation",
         "_held_scores",
         "_pieces",
-        "_time",
         "_token_bytes",
         "begun_s",
         "first_token_s",
         "index",
+        "last_token_s",
         "num_cached_tokens",
+        "reader",
         "scores",
+        "token_ids",
     )
 
-    def __init__(self, generation: Generation, index: int, sampling: SamplingParams, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        generation: Generation,
+        index: int,
+        sampling: SamplingParams,
+        tokenizer: Tokenizer,
+        reading: ReplyReading | None = None,
+    ):
         self._generation = generation
-        self._generated = GeneratedText(tokenizer.token_bytes, sampling)
+        self._token_bytes = tokenizer.token_bytes if reading is None else reading.token_bytes
+        self._generated = GeneratedText(self._token_bytes, sampling)
         self._pieces: list[str] = []
-        self._time = generation.start_time  # of the newest token
+        self.last_token_s = generation.start_time
         self.begun_s = self.first_token_s = math.nan
-        self._token_bytes = tokenizer.token_bytes
+        self.reader = None if reading is None else reading.reader()
+        self.token_ids: list[int] = []
         self._held_scores = None if sampling.logprobs is None else HeldScores()
         self.scores: list[ScoredToken] = []
         self.index = index
@@ -90,8 +107,13 @@ class Sample:
     @property
     def times(self) -> SampleTimes:
         """Its life so far."""
-        last = self._time if self.num_tokens else math.nan
+        last = self.last_token_s if self.num_tokens else math.nan
         return SampleTimes(self._generation.start_time, self.begun_s, self.first_token_s, last)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, if one did."""
+        return self._generated.stop_string
 
     def take_prompt_score(self, score: TokenLogprob) -> None:
         """The next token of this sample's prompt is known, from its second on."""
@@ -110,6 +132,7 @@ class Sample:
             if self.num_tokens == 0:
                 self.num_cached_tokens = num_cached_tokens
                 self.first_token_s = now
+            self.token_ids.append(token_id)
         offset = self._generated.num_decoded_chars
         text = self._generated.take(token_id, finish)
         if finish == FinishReason.ERROR:
@@ -122,7 +145,8 @@ class Sample:
         if text:
             self._pieces.append(text)
         scores = () if self._held_scores is None else self._appearing(self._held_scores, score, offset)
-        generation.emit(TokenEvent(self.index, text, self.finish_reason, scores), now)
+        parts = () if self.reader is None else self.reader.take(text, is_last=self.finish_reason is not None)
+        generation.emit(TokenEvent(self.index, text, self.finish_reason, scores, parts, token_id), now)
         return generation.is_over or self.finish_reason is not None
 
     def _appearing(self, held: HeldScores, score: TokenLogprob | None, offset: int) -> list[ScoredToken]:
@@ -138,17 +162,17 @@ class Sample:
     def _observe_latency(self, now: float) -> None:
         metrics = self._generation.metrics
         latency = metrics.inter_token_latency_s if self.num_tokens else metrics.time_to_first_token_s
-        latency.observe(now - self._time)
-        self._time = now
+        latency.observe(now - self.last_token_s)
+        self.last_token_s = now
 
 
 class Generation:
     """All samples of one HTTP request: prompt p's sample i has index p * n + i.
 
     num_prompt_tokens: one count per prompt. prompt_scores: for each prompt what is known of its tokens from the second on, if asked for.
-    start_time: time.perf_counter() when the request came. end_time: when all was over; nan before.
-    streaming: whether events are wanted one by one; without it they are not
-    kept and `finished` is all there is. on_over: called once, when the last sample has ended or all failed.
+    start_time: time.perf_counter() when the request came. end_time: when all was over; nan before. streaming: whether events are
+    wanted one by one; without it they are not kept and `finished` is all there is. reading: how the samples are read as replies; None =
+    their text is all that is wanted. on_over: called once, when the last sample has ended or all failed.
     """
 
     def __init__(
@@ -161,6 +185,7 @@ class Generation:
         start_time: float,
         streaming: bool,
         on_over: Callable[[Generation], None],
+        reading: ReplyReading | None = None,
     ):
         self.metrics = metrics
         self.start_time = start_time
@@ -173,7 +198,7 @@ class Generation:
         self.samples: list[Sample] = []
         for params in sampling:
             first = len(self.samples)
-            self.samples += [Sample(self, first + i, params, tokenizer) for i in range(params.n)]
+            self.samples += [Sample(self, first + i, params, tokenizer, reading) for i in range(params.n)]
         for prompt_length, params in zip(num_prompt_tokens, sampling, strict=True):
             metrics.observe_request(prompt_length, params.n, params.max_tokens)
         self._on_over = on_over

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 import msgspec
 from msgspec import UNSET
@@ -19,15 +17,23 @@ from toka.config import Config
 from toka.errors import CapacityError, RequestError
 from toka.messages import Ready
 from toka.metrics import CacheFacts, Metrics
-from toka.params import MAX_STOP_TOKEN_IDS, SamplingParams, StructuredOutput
+from toka.params import MAX_BAD_WORDS, MAX_STOP_TOKEN_IDS, SamplingParams, StructuredOutput
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.generation import Generation
 from toka.server.grammar_checker import GrammarChecker
 from toka.server.keys import KeyRing
 from toka.server.request_context import LEAST_PRIORITY, current
 from toka.server.running import RunningRequests
-from toka.server.schemas import ChatMessage, GenerationFields, PromptTokensDetails, Usage
+from toka.server.schemas import (
+    CompletionTokensDetails,
+    GenerationFields,
+    PromptTokensDetails,
+    Timings,
+    Usage,
+)
 from toka.server.tracing import tracer_of
+from toka.text.reply_formats import ModelReplies
+from toka.text.reply_reader import ReplyReading
 from toka.text.tokenizer import Tokenizer
 
 VERSION = version("toka")
@@ -56,8 +62,16 @@ class Serving:
         self.tracer = tracer_of(self.config.otlp_endpoint)
         self.running = RunningRequests()
         self.keys = KeyRing.of(self.config)
-        facts = f"{VERSION} {self.model_id} {self.config.dtype} {self.config.device}"
-        self.system_fingerprint = "fp_" + hashlib.sha256(facts.encode()).hexdigest()[:12]
+        template = self.tokenizer.chat_template
+        self.replies = (
+            None if template is None else ModelReplies(self.tokenizer, template, self.config.tool_call_parser)
+        )
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Names what the results depend on: model, dtype and version."""
+        dtype = self.config.dtype if self.engine.ready is None else self.engine.ready.dtype
+        return f"fp_{self.model_id}_{dtype}_toka-{VERSION}"
 
     def _startup_s(self) -> dict[str, float]:
         return self.engine.ready.startup_s if self.engine.ready is not None else {}
@@ -118,22 +132,17 @@ class Serving:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             raise RequestError(f"{param} holds a token id outside 0..{vocab_size - 1}.", param)
 
-    async def encode_chat(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool,
-        variables: dict[str, Any],
-        add_special_tokens: bool = False,
-    ) -> list[int]:
-        """The prompt of a conversation. Raises RequestError if the model has no chat template or it refuses."""
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise RequestError(f"The model {self.model_id} has no chat template; use /v1/completions.", "messages")
-        plain = [msgspec.to_builtins(message) for message in messages]
-        text = template.render(plain, add_generation_prompt=add_generation_prompt, variables=variables)
-        [token_ids] = await self.encode([text], "messages", add_special_tokens=add_special_tokens)
-        return token_ids
+    def truncated(self, fields: GenerationFields, prompts: list[list[int]]) -> list[list[int]]:
+        """The prompts cut to their last tokens as `truncate_prompt_tokens` asks; RequestError if it asks nonsense."""
+        keep = fields.truncate_prompt_tokens
+        if keep is UNSET:
+            return prompts
+        if keep == -1:
+            room = self.check_admission().max_request_tokens - (fields.max_tokens or 1)
+            keep = max(room, 1)
+        if keep < 1:
+            raise RequestError("truncate_prompt_tokens must be 1 or more, or -1.", "truncate_prompt_tokens")
+        return [prompt[-keep:] for prompt in prompts]
 
     def submit(
         self,
@@ -146,13 +155,14 @@ class Serving:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         may_generate_nothing: bool = False,
+        reading: ReplyReading | None = None,
         structured: StructuredOutput | None = None,
     ) -> Generation:
         """Check everything that can be checked here and hand the prompts to the engine.
 
         default_max_tokens: where the client gives none; None = as many as the context allows. start_time: perf_counter().
         logprobs, prompt_logprobs, structured: as in SamplingParams; GrammarChecker let the grammar through. may_generate_nothing: whether
-        max_tokens may be 0.
+        max_tokens may be 0. reading: how the samples are read as replies; None = they are not.
         Raises RequestError naming the field at fault, CapacityError when the server is full.
         """
         ready = self.check_admission()
@@ -165,6 +175,7 @@ class Serving:
             self._check_length(len(prompt), prompt_param)
             self.check_token_ids(prompt, prompt_param, ready.vocab_size)
         self.check_token_ids(sampling.stop_token_ids, "stop_token_ids", ready.vocab_size)
+        self.check_token_ids([token for token, _ in sampling.logit_bias], "logit_bias", ready.vocab_size)
         per_prompt = [_fit(sampling, len(prompt), ready.max_request_tokens, prompt_param) for prompt in prompts]
         self._check_room(len(prompts) * sampling.n, "n" if sampling.n > 1 else prompt_param)
         self._check_queue(sum(map(len, prompts)), prompt_param)
@@ -186,6 +197,7 @@ class Serving:
             start_time=start_time,
             streaming=fields.stream,
             on_over=on_over,
+            reading=reading,
         )
         context.generations.append(generation)
         self.running.add(context, generation)
@@ -233,6 +245,11 @@ class Serving:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             structured=structured,
+            presence_penalty=fields.presence_penalty,
+            frequency_penalty=fields.frequency_penalty,
+            repetition_penalty=fields.repetition_penalty,
+            logit_bias=_logit_bias(fields),
+            bad_words=self._bad_words(fields),
         ).check()
 
     def _stop_token_ids(self, sampling: SamplingParams) -> tuple[int, ...]:
@@ -252,6 +269,16 @@ class Serving:
                 code="context_length_exceeded",
             )
 
+    def _bad_words(self, fields: GenerationFields) -> tuple[tuple[int, ...], ...]:
+        """The words as token ids, as they are written at the beginning of a text and after a space."""
+        if len(fields.bad_words) > MAX_BAD_WORDS:
+            raise RequestError(f"bad_words can hold at most {MAX_BAD_WORDS} words.", "bad_words")
+        for word in fields.bad_words:
+            if not word.strip() or len(word) > MAX_STOP_STRING_CHARS:
+                raise RequestError(f"bad_words must be of 1 to {MAX_STOP_STRING_CHARS} characters each.", "bad_words")
+        texts = [text for word in fields.bad_words for text in (word, f" {word.lstrip()}")]
+        return tuple(dict.fromkeys(tuple(self.tokenizer.encode(text, False)) for text in texts))
+
     def _check_room(self, num_samples: int, param: str) -> None:
         limit = self.config.max_queued_requests
         if num_samples > limit:
@@ -267,6 +294,13 @@ class Serving:
             raise RequestError(f"{param} has {num_tokens} tokens; the server's queue holds {limit} at most.", param)
         if queued + num_tokens > limit:
             raise CapacityError(f"The server is full: {queued} of {limit} prompt tokens wait for their turn.")
+
+
+def _logit_bias(fields: GenerationFields) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple((int(token), bias) for token, bias in fields.logit_bias.items())
+    except ValueError:
+        raise RequestError("logit_bias: its keys must be token ids.", "logit_bias") from None
 
 
 def num_prompt_logprobs(fields: GenerationFields) -> int | None:
@@ -286,11 +320,32 @@ def serving_of(request: Request) -> Serving:
 
 def usage_of(generation: Generation) -> Usage:
     """The tokens of a generation so far."""
+    readers = [sample.reader for sample in generation.samples if sample.reader is not None]
     prompt_tokens = sum(generation.num_prompt_tokens)
     completion_tokens = sum(sample.num_tokens for sample in generation.samples)
     first_samples = generation.samples[:: generation.samples_per_prompt]
     cached = sum(sample.num_cached_tokens for sample in first_samples)
-    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached))
+    return Usage(
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        PromptTokensDetails(cached),
+        CompletionTokensDetails(sum(reader.num_reasoning_tokens for reader in readers)),
+    )
+
+
+def timings_of(generation: Generation) -> Timings:
+    """How long a generation took that is over."""
+
+    def since_start(at_s: float | None) -> float | None:
+        return None if at_s is None else round(at_s - generation.start_time, 6)
+
+    begun = [sample for sample in generation.samples if sample.num_tokens]
+    return Timings(
+        since_start(min((sample.first_token_s for sample in begun), default=None)),
+        since_start(max((sample.last_token_s for sample in begun), default=None)),
+        time.perf_counter() - generation.start_time,
+    )
 
 
 def _fit(sampling: SamplingParams, num_prompt_tokens: int, limit: int, prompt_param: str) -> SamplingParams:

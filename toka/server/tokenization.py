@@ -8,6 +8,7 @@ from msgspec import UNSET
 
 from toka.errors import RequestError
 from toka.server.body import read_body
+from toka.server.conversation import Conversation, ToolUse, adds_generation_prompt, messages_of, prepare, tools_of
 from toka.server.openapi import describe
 from toka.server.schemas import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
 from toka.server.serving import Serving, serving_of
@@ -31,12 +32,16 @@ async def _tokens(serving: Serving, body: TokenizeRequest) -> list[int]:
     if body.messages is not UNSET:
         if body.prompt is not UNSET:
             raise RequestError("prompt and messages exclude each other.", "messages")
-        return await serving.encode_chat(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt,
+        conversation = Conversation(
+            messages_of(body.messages),
+            ToolUse(tools_of(body.tools)),
+            add_generation_prompt=adds_generation_prompt(body),
+            continue_final_message=body.continue_final_message,
+            template=None if body.chat_template is UNSET else body.chat_template,
             variables=body.chat_template_kwargs,
-            add_special_tokens=body.add_special_tokens is True,
         )
+        prompt = await prepare(serving, conversation, add_special_tokens=body.add_special_tokens is True)
+        return prompt.token_ids
     if body.prompt is UNSET:
         raise RequestError("prompt is required.", "prompt")
     [tokens] = await serving.encode([body.prompt], "prompt", add_special_tokens=body.add_special_tokens is not False)

@@ -43,6 +43,11 @@ class GeneratedText:
         self.finish_reason: str | None = None
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return None if self._matcher is None else self._matcher.found or None
+
+    @property
     def may_be_cut(self) -> bool:
         """Whether text that is decoded may yet not appear, or does not: there are stop strings, and the end has not come without one."""
         return self._matcher is not None and (self._matcher.stopped or self.finish_reason is None)

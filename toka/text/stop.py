@@ -50,14 +50,19 @@ class StopMatcher:
 
     The first stop string to be complete ends the text, whichever way the text is cut into pieces; where several are complete
     at the same character, the longest counts. `held` characters at most are kept back: less than the longest stop string.
+    stopped: it was found. found: which one it was, "" before.
     """
 
-    __slots__ = ("_held", "_node", "_root", "stopped")
+    __slots__ = ("_held", "_node", "_root", "found")
 
     def __init__(self, stops: Iterable[str]):
         self._root = self._node = _automaton(tuple(stops))
         self._held = ""
-        self.stopped = False
+        self.found = ""
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.found)
 
     def push(self, text: str, may_stop: bool = True) -> str:
         """The text that is now known not to belong to a stop string.
@@ -75,8 +80,9 @@ class StopMatcher:
             node = node.next.get(char, root)
             if node.match_length:
                 if may_stop:
-                    self.stopped, self._held, self._node = True, "", root
-                    return pending[: end - node.match_length]
+                    start = end - node.match_length
+                    self.found, self._held, self._node = pending[start:end], "", root
+                    return pending[:start]
                 node = root
         keep_from = len(pending) - node.depth
         self._held, self._node = pending[keep_from:], node

@@ -6,7 +6,7 @@ transformers' AutoTokenizer is not used: it brings torch and ten seconds of impo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Tokenizer:
     """The tokenizer of one model. Safe to call from several threads.
 
     special_tokens: name (bos_token, ...) to token. eos_token_ids: every id that ends a text unless ignore_eos.
-    chat_template: None if the model has none. vocab_size: number of ids, added tokens included (the model's may be larger).
+    chat_template: None if the model has none. response_template: how transformers' ResponseParser reads the model's replies, if the
+    tokenizer says so. vocab_size: number of ids, added tokens included (the model's may be larger).
     max_token_bytes: bytes that one token can stand for at most, so text of b bytes is at least b / max_token_bytes tokens.
     """
 
@@ -46,16 +47,19 @@ class Tokenizer:
         special_tokens: dict[str, str],
         extra_eos_ids: Sequence[int] = (),
         chat_template: str | None = None,
+        response_template: dict[str, Any] | None = None,
     ):
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
+        self._added_ids = {token.content: token_id for token_id, token in self._added.items()}
         self._style = _DecoderStyle(backend)
         self._shown_bytes: dict[int, bytes] = {}
         self._spelled_bytes: dict[int, bytes] = {}
         self.special_tokens = special_tokens
         self.chat_template = ChatTemplate(chat_template, special_tokens) if chat_template is not None else None
+        self.response_template = response_template
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         own_eos = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
         self.eos_token_ids = tuple(sorted({*extra_eos_ids, *(() if own_eos is None else (own_eos,))}))
@@ -111,6 +115,17 @@ class Tokenizer:
             shown = b"" if added is not None and added.special else self._bytes_of(token_id)
             self._shown_bytes[token_id] = shown
         return shown
+
+    def token_bytes_with(self, marks: Collection[str]) -> Callable[[int], bytes]:
+        """`token_bytes`, but that special tokens which are one of these marks are spelled out."""
+        spelled = {self._added_ids[mark]: mark.encode() for mark in marks if mark in self._added_ids}
+        if not any(self._added[token_id].special for token_id in spelled):
+            return self.token_bytes
+        return lambda token_id: spelled.get(token_id) or self.token_bytes(token_id)
+
+    def mark_id(self, mark: str) -> int | None:
+        """The id of the added token that is written so; None if there is none."""
+        return self._added_ids.get(mark)
 
     def token_text(self, token_id: int) -> str:
         """The vocabulary's own spelling of a token; "" for an id without a token."""
@@ -210,6 +225,7 @@ def _load_directory(cls: type[Tokenizer], directory: Path, file_name: str, extra
         special_tokens=special_tokens,
         extra_eos_ids=extra_eos_ids,
         chat_template=_chat_template_source(directory, settings),
+        response_template=settings.get("response_template"),
     )
 
 

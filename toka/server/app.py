@@ -17,8 +17,10 @@ from toka.server import (
     completions,
     files,
     health,
+    messages,
     models,
     page,
+    responses,
     tokenization,
 )
 from toka.server.batch_runner import BatchRunner
@@ -28,7 +30,19 @@ from toka.server.openapi import add_openapi
 from toka.server.serving import VERSION, Serving
 from toka.server.store import Store
 
-_FAMILIES = (completions, chat_completions, abort, files, batches, models, tokenization, health, page)
+_FAMILIES = (
+    completions,
+    chat_completions,
+    responses,
+    messages,
+    abort,
+    files,
+    batches,
+    models,
+    tokenization,
+    health,
+    page,
+)
 # Those of these that the application has may be asked in batches.
 _BATCH_ENDPOINTS = (
     "/v1/chat/completions",

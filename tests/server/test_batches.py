@@ -280,7 +280,8 @@ def test_what_a_batch_may_not_ask(start_keeping, field: str, value: object) -> N
 
 def test_a_batch_of_no_file_is_a_404(start_keeping) -> None:
     body = {"input_file_id": "file-x", "endpoint": COMPLETIONS, "completion_window": "24h"}
-    assert start_keeping().post("/v1/batches", body).status_code == 404
+    reply = start_keeping().post("/v1/batches", body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (404, "input_file_id")
 
 
 def test_cancel_keeps_what_is_answered(start_keeping) -> None:

@@ -200,14 +200,14 @@ class Store:
         """Where its contents are."""
         return self._files / file.id
 
-    def file(self, file_id: str, caller: Caller) -> FileObject:
-        """RequestError (404) unless it is there and belongs to caller; to the admin all belong."""
+    def file(self, file_id: str, caller: Caller, param: str = "file_id") -> FileObject:
+        """RequestError (404) naming param unless it is there and belongs to caller; to the admin all belong."""
         row = self._db.execute(
             "SELECT id, bytes, created_at, filename, purpose FROM files WHERE id = ? AND (owner = ? OR ?)",
             (file_id, caller.owner, caller.is_admin),
         ).fetchone()
         if row is None:
-            raise RequestError(f"There is no file {file_id[:80]!r}.", "file_id", status=404, code="file_not_found")
+            raise RequestError(f"There is no file {file_id[:80]!r}.", param, status=404, code="file_not_found")
         return FileObject(*row)
 
     def files(
@@ -245,7 +245,7 @@ class Store:
         batch = Batch(
             id=_new_id("batch_"),
             endpoint=endpoint,
-            input_file_id=self.file(file_id, caller).id,
+            input_file_id=self.file(file_id, caller, "input_file_id").id,
             completion_window=window,
             created_at=now,
             expires_at=now + window_s,

@@ -47,6 +47,7 @@ class Sample:
     """One choice of a request, from the first token to the last. scores: its tokens that appear, where logprobs are asked for.
 
     begun_s, first_token_s: when the engine planned its first step, and when its first token came (time.perf_counter()); nan before.
+    last_token_s: when the latest came; the request's start before.
     """
 
     __slots__ = (
@@ -54,11 +55,11 @@ class Sample:
         "_generation",
         "_held_scores",
         "_pieces",
-        "_time",
         "_token_bytes",
         "begun_s",
         "first_token_s",
         "index",
+        "last_token_s",
         "num_cached_tokens",
         "scores",
     )
@@ -67,7 +68,7 @@ class Sample:
         self._generation = generation
         self._generated = GeneratedText(tokenizer.token_bytes, sampling)
         self._pieces: list[str] = []
-        self._time = generation.start_time  # of the newest token
+        self.last_token_s = generation.start_time
         self.begun_s = self.first_token_s = math.nan
         self._token_bytes = tokenizer.token_bytes
         self._held_scores = None if sampling.logprobs is None else HeldScores()
@@ -90,7 +91,7 @@ class Sample:
     @property
     def times(self) -> SampleTimes:
         """Its life so far."""
-        last = self._time if self.num_tokens else math.nan
+        last = self.last_token_s if self.num_tokens else math.nan
         return SampleTimes(self._generation.start_time, self.begun_s, self.first_token_s, last)
 
     def take_prompt_score(self, score: TokenLogprob) -> None:
@@ -138,8 +139,8 @@ class Sample:
     def _observe_latency(self, now: float) -> None:
         metrics = self._generation.metrics
         latency = metrics.inter_token_latency_s if self.num_tokens else metrics.time_to_first_token_s
-        latency.observe(now - self._time)
-        self._time = now
+        latency.observe(now - self.last_token_s)
+        self.last_token_s = now
 
 
 class Generation:

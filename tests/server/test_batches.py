@@ -99,8 +99,9 @@ def test_uploads_are_bounded(start_keeping, tmp_path: Path) -> None:
     with pytest.raises(openai.APIStatusError):
         client.files.create(file=("a", b"x" * 3_000_000), purpose="batch")
     client.files.create(file=("a", b"x" * 200_000), purpose="batch")
-    with pytest.raises(openai.InternalServerError, match="delete some"):
+    with pytest.raises(openai.APIStatusError, match="delete some") as caught:
         client.files.create(file=("b", b"x" * 150_000), purpose="batch")
+    assert (caught.value.status_code, caught.value.code) == (413, "storage_full")
     assert [path.stat().st_size for path in (tmp_path / "data" / "files").iterdir()] == [200_000]
     assert not list((tmp_path / "data" / "partial").iterdir())
 

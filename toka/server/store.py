@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 
 import msgspec
 
-from toka.errors import CapacityError, ConfigError, RequestError
+from toka.errors import ConfigError, RequestError
 from toka.server.keys import Caller
 
 MAX_PAGE = 1000
@@ -167,15 +167,18 @@ class Store:
         return self._partial / secrets.token_hex(12)
 
     def add_upload(self, source: BinaryIO, caller: Caller, filename: str, purpose: str) -> FileObject:
-        """Keep a copy of source. CapacityError (503) if there is no room."""
+        """Keep a copy of source. RequestError (413) if there is no room."""
         partial = self.new_partial()
         with open(partial, "wb") as target:
             shutil.copyfileobj(source, target, _COPY_BYTES)
         [[stored]] = self._db.execute("SELECT COALESCE(SUM(bytes), 0) FROM files")
         if stored + partial.stat().st_size > self._max_stored_bytes:
             partial.unlink()
-            raise CapacityError(
-                f"The server keeps {self._max_stored_bytes} bytes of files at most; delete some.", status=503
+            raise RequestError(
+                f"The server keeps {self._max_stored_bytes} bytes of files at most; delete some.",
+                "file",
+                status=413,
+                code="storage_full",
             )
         with self._db:
             return self.add_file(partial, caller.owner, filename, purpose)

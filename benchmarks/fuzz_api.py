@@ -64,8 +64,8 @@ class Fuzzer:
         number = 0
         with requests.Session() as session:
             while self.num_cases < num_cases:
-                names = self._real_names(session)
                 for operation in operations:
+                    names = self._real_names(session)  # anew, for some operations delete
                     for mode in schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE:
                         number += 1
                         self._round(session, operation, mode, number, names)
@@ -73,18 +73,13 @@ class Fuzzer:
                             return
 
     def _real_names(self, session: requests.Session) -> dict[str, str]:
-        """Of a model, a file and a batch that are there."""
+        """Of a model, a file and a batch that are there, and what a batch needs besides."""
         form = {"data": {"purpose": "batch"}, "files": {"file": ("lines.jsonl", b"{}")}}
         file_id = session.post(f"{self._url}/v1/files", **form).json()["id"]
         asked = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
         batch_id = session.post(f"{self._url}/v1/batches", json=asked).json()["id"]
-        return {
-            "model": "default",
-            "model_id": "default",
-            "file_id": file_id,
-            "input_file_id": file_id,
-            "batch_id": batch_id,
-        }
+        ids = {"file_id": file_id, "input_file_id": file_id, "batch_id": batch_id}
+        return {"model": "default", "model_id": "default", **ids, **asked}
 
     def _round(self, session: requests.Session, operation: Any, mode: Any, number: int, names: dict[str, str]) -> None:
         statuses = self.statuses.setdefault(operation.label, Counter())

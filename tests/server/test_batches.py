@@ -99,8 +99,9 @@ def test_uploads_are_bounded(start_keeping, tmp_path: Path) -> None:
     with pytest.raises(openai.APIStatusError):
         client.files.create(file=("a", b"x" * 3_000_000), purpose="batch")
     client.files.create(file=("a", b"x" * 200_000), purpose="batch")
-    with pytest.raises(openai.InternalServerError, match="delete some"):
+    with pytest.raises(openai.APIStatusError, match="delete some") as caught:
         client.files.create(file=("b", b"x" * 150_000), purpose="batch")
+    assert (caught.value.status_code, caught.value.code) == (413, "storage_full")
     assert [path.stat().st_size for path in (tmp_path / "data" / "files").iterdir()] == [200_000]
     assert not list((tmp_path / "data" / "partial").iterdir())
 
@@ -280,7 +281,8 @@ def test_what_a_batch_may_not_ask(start_keeping, field: str, value: object) -> N
 
 def test_a_batch_of_no_file_is_a_404(start_keeping) -> None:
     body = {"input_file_id": "file-x", "endpoint": COMPLETIONS, "completion_window": "24h"}
-    assert start_keeping().post("/v1/batches", body).status_code == 404
+    reply = start_keeping().post("/v1/batches", body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (404, "input_file_id")
 
 
 def test_cancel_keeps_what_is_answered(start_keeping) -> None:

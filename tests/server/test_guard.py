@@ -68,17 +68,24 @@ def test_every_key_of_the_file_and_the_admin_key_open_the_door(start_server, key
         assert server.get("/v1/models", headers=_bearer(key)).status_code == 401, key
 
 
+def test_anthropics_header_is_a_key_too(start_server) -> None:
+    server = start_server(Behaviour(), api_key="alpha")
+    assert server.get("/v1/models", headers={"x-api-key": "alpha"}).status_code == 200
+    assert server.get("/v1/models", headers={"x-api-key": "beta"}).status_code == 401
+    assert server.get("/v1/models", headers={"x-api-key": "alpha", **_bearer("beta")}).status_code == 401
+
+
 def test_keys_beyond_ascii(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("schlüssel\n", encoding="utf-8")
     ring = KeyRing.of(Config(api_key_file=str(path)))
-    assert ring.caller("Bearer " + "schlüssel".encode().decode("latin-1")) is not None
-    assert ring.caller("Bearer schlussel") is None
+    assert ring.caller("schlüssel".encode().decode("latin-1")) is not None
+    assert ring.caller("schlussel") is None
 
 
 def test_owners_tell_keys_apart_and_nothing_of_them() -> None:
     ring = KeyRing(["alpha", "beta"], "root")
-    owners = {ring.caller(f"Bearer {key}").owner for key in ("alpha", "beta", "root")}
+    owners = {ring.caller(key).owner for key in ("alpha", "beta", "root")}
     assert len(owners) == 3
     assert not any(key in owner for owner in owners for key in ("alpha", "beta", "root"))
 

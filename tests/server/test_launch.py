@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import time
@@ -137,3 +138,15 @@ def test_a_path_that_cannot_be_used_is_one_line_and_status_2(
     assert served.ends() == 2
     [line] = [line for line in served.log.splitlines() if line.strip()]
     assert line.startswith(f"toka: error: {flag}=")
+
+
+def test_the_limit_of_open_files_is_raised(start_process: StartProcess) -> None:
+    """Many systems begin with 1,024, which is fewer than the connections that a server may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        served = start_process({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    served.until_status("/ready", 200)
+    assert psutil.Process(served.process.pid).rlimit(psutil.RLIMIT_NOFILE) == (min(hard, 65536), hard)

@@ -51,8 +51,9 @@ class DeadlineError(TokaError):
 class Sample:
     """One choice of a request, from the first token to the last. scores: its tokens that appear, where logprobs are asked for.
 
-    reader: reads its text as a reply, where that is wanted. token_ids: all that were generated. begun_s: when the engine planned its
-    first step, first_token_s: when its first token came (time.perf_counter(); nan before), last_token_s: when the latest.
+    reader: reads its text as a reply, where that is wanted. token_ids: all that were generated. begun_s, first_token_s: when the engine
+    planned its first step, and when its first token came (time.perf_counter()); nan before. last_token_s: when the latest came; the
+    request's start before.
     """
 
     __slots__ = (

@@ -15,7 +15,7 @@ from toka.errors import CapacityError, RequestError, TokaError
 from toka.log import request_id as logged_request_id
 from toka.metrics import Metrics
 from toka.server.error_replies import CLIENT_CLOSED_REQUEST, error_body, error_detail
-from toka.server.keys import ANYBODY, Caller, KeyRing
+from toka.server.keys import ANYBODY, Caller, KeyRing, shown_key
 from toka.server.request_context import RequestContext, current
 
 logger = logging.getLogger("toka.requests")
@@ -66,7 +66,7 @@ class Guard:
 
         self._num_open += 1
         try:
-            context.caller = self._let_in(scope["path"], headers.get("authorization", ""))
+            context.caller = self._let_in(scope["path"], shown_key(headers))
         except TokaError as error:
             await _send_error(send_with_id, error)
         else:
@@ -77,11 +77,11 @@ class Guard:
             if self._log_requests and not (scope["path"] in _POLLED_PATHS and status == 200):
                 _log_request(scope, context, status, time.perf_counter() - start)
 
-    def _let_in(self, path: str, authorization: str) -> Caller:
+    def _let_in(self, path: str, key: str) -> Caller:
         """Who calls. RequestError (401, 403) if it may not, CapacityError (429) if there is no room."""
         if path not in _WITHOUT_LIMIT and self._num_open > self._max_concurrent:
             raise CapacityError(f"The server answers {self._max_concurrent} requests at once; it is full.")
-        caller = self._keys.caller(authorization)
+        caller = self._keys.caller(key)
         if caller is None:
             if path in OPEN_PATHS:
                 return ANYBODY

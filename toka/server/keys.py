@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from starlette.datastructures import Headers
+
 from toka.config import Config
 from toka.errors import ConfigError
 
@@ -38,17 +40,22 @@ class KeyRing:
             keys.append(key)
         return cls(keys, config.effective_admin_key())
 
-    def caller(self, authorization: str) -> Caller | None:
-        """Who shows this Authorization header; None = nobody who may call. The time it takes does not depend on how much of a key is
-        right, nor on which one it is."""
-        scheme, _, token = authorization.partition(" ")
-        digest = _digest(token.strip().encode("latin-1") if scheme.lower() == "bearer" else b"")
+    def caller(self, key: str) -> Caller | None:
+        """Who shows this key ("": none); None = nobody who may call. The time it takes does not depend on how much of a key is right,
+        nor on which one it is."""
+        digest = _digest(key.encode("latin-1"))  # as headers are read, so that a key may have any characters
         found = [hmac.compare_digest(digest, key) for key in self._api_keys]
         if self._admin_key is not None and hmac.compare_digest(digest, self._admin_key):
             return Caller(_owner(digest), is_admin=True)
         if not self._api_keys:
             return ANYBODY
         return Caller(_owner(digest), is_admin=False) if any(found) else None
+
+
+def shown_key(headers: Headers) -> str:
+    """The key in `Authorization: Bearer KEY` or, as Anthropic's clients send it, `x-api-key: KEY`; "" without."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def _digest(key: bytes) -> bytes:

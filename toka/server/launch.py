@@ -29,7 +29,7 @@ from toka.model_source import locate, read_hf_config
 from toka.server.app import create_app
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.engine_process import EngineProcess
-from toka.server.listener import check_certificate, listen
+from toka.server.listener import allow_many_connections, check_certificate, listen
 from toka.server.serving import Serving
 from toka.text.tokenizer import Tokenizer
 
@@ -51,6 +51,7 @@ def serve(config: Config, process: EngineProcess) -> int:
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_private_dir())
         stack.callback(process.stop, 0)
+        allow_many_connections()
         check_certificate(config)
         listener = stack.enter_context(listen(config))
         address_in, address_out = f"ipc://{directory}/in", f"ipc://{directory}/out"

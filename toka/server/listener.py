@@ -1,7 +1,8 @@
-"""The socket that the server listens on, and the certificate it shows."""
+"""The socket that the server listens on, how many connections it may have, and the certificate it shows."""
 
 from __future__ import annotations
 
+import resource
 import socket
 import ssl
 
@@ -9,6 +10,7 @@ from toka.config import Config
 from toka.errors import ConfigError
 
 _BACKLOG = 2048
+_MAX_OPEN_FILES = 65536
 _KEEP_ALIVE_IDLE_S = 60  # after which the kernel asks whether a silent client is still there
 
 
@@ -36,6 +38,14 @@ def _end_dead_connections(listener: socket.socket, patience_s: float) -> None:
     if hasattr(socket, "TCP_KEEPIDLE"):  # Linux
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_IDLE_S)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(1000 * patience_s), 1))
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit of open files, of which every connection is one, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_certificate(config: Config) -> None:

@@ -182,12 +182,43 @@ class Serving:
         stop_token_ids = self._stop_token_ids(sampling)
         priority = _in_range(fields.priority, "priority", LEAST_PRIORITY, 2**31 - 1)
         session_id, deadline_s = _session_id(fields), _deadline_s(fields)
+        generation = self._new_generation(
+            prompts,
+            per_prompt,
+            prompt_param=prompt_param,
+            start_time=start_time,
+            streaming=fields.stream,
+            reading=reading,
+        )
+        self.engine.submit(
+            generation,
+            prompts,
+            per_prompt,
+            stop_token_ids=stop_token_ids,
+            cache_salt=fields.cache_salt,
+            priority=max(priority, current.get().least_priority),
+            session_id=session_id,
+            deadline_s=deadline_s,
+        )
+        return generation
+
+    def _new_generation(
+        self,
+        prompts: Sequence[Sequence[int]],
+        per_prompt: list[SamplingParams],
+        *,
+        prompt_param: str,
+        start_time: float,
+        streaming: bool,
+        reading: ReplyReading | None = None,
+    ) -> Generation:
+        """A generation for this request, of which /v1/abort, the log and the traces will know; to be handed to the engine at once."""
         context = current.get()
 
         def on_over(generation: Generation) -> None:
             self.running.remove(context, generation)
             if self.tracer is not None:
-                self.tracer.record(generation, context, self.model_id, prompt_param, sampling)
+                self.tracer.record(generation, context, self.model_id, prompt_param, per_prompt[0])
 
         generation = Generation(
             self.tokenizer,
@@ -195,22 +226,12 @@ class Serving:
             per_prompt,
             [len(prompt) for prompt in prompts],
             start_time=start_time,
-            streaming=fields.stream,
+            streaming=streaming,
             on_over=on_over,
             reading=reading,
         )
         context.generations.append(generation)
         self.running.add(context, generation)
-        self.engine.submit(
-            generation,
-            prompts,
-            per_prompt,
-            stop_token_ids=stop_token_ids,
-            cache_salt=fields.cache_salt,
-            priority=max(priority, context.least_priority),
-            session_id=session_id,
-            deadline_s=deadline_s,
-        )
         return generation
 
     def _sampling(

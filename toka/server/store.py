@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 
 import msgspec
 
-from toka.errors import CapacityError, ConfigError, RequestError
+from toka.errors import ConfigError, RequestError
 from toka.server.keys import Caller
 
 MAX_PAGE = 1000
@@ -167,15 +167,18 @@ class Store:
         return self._partial / secrets.token_hex(12)
 
     def add_upload(self, source: BinaryIO, caller: Caller, filename: str, purpose: str) -> FileObject:
-        """Keep a copy of source. CapacityError (503) if there is no room."""
+        """Keep a copy of source. RequestError (413) if there is no room."""
         partial = self.new_partial()
         with open(partial, "wb") as target:
             shutil.copyfileobj(source, target, _COPY_BYTES)
         [[stored]] = self._db.execute("SELECT COALESCE(SUM(bytes), 0) FROM files")
         if stored + partial.stat().st_size > self._max_stored_bytes:
             partial.unlink()
-            raise CapacityError(
-                f"The server keeps {self._max_stored_bytes} bytes of files at most; delete some.", status=503
+            raise RequestError(
+                f"The server keeps {self._max_stored_bytes} bytes of files at most; delete some.",
+                "file",
+                status=413,
+                code="storage_full",
             )
         with self._db:
             return self.add_file(partial, caller.owner, filename, purpose)
@@ -200,14 +203,14 @@ class Store:
         """Where its contents are."""
         return self._files / file.id
 
-    def file(self, file_id: str, caller: Caller) -> FileObject:
-        """RequestError (404) unless it is there and belongs to caller; to the admin all belong."""
+    def file(self, file_id: str, caller: Caller, param: str = "file_id") -> FileObject:
+        """RequestError (404) naming param unless it is there and belongs to caller; to the admin all belong."""
         row = self._db.execute(
             "SELECT id, bytes, created_at, filename, purpose FROM files WHERE id = ? AND (owner = ? OR ?)",
             (file_id, caller.owner, caller.is_admin),
         ).fetchone()
         if row is None:
-            raise RequestError(f"There is no file {file_id[:80]!r}.", "file_id", status=404, code="file_not_found")
+            raise RequestError(f"There is no file {file_id[:80]!r}.", param, status=404, code="file_not_found")
         return FileObject(*row)
 
     def files(
@@ -245,7 +248,7 @@ class Store:
         batch = Batch(
             id=_new_id("batch_"),
             endpoint=endpoint,
-            input_file_id=self.file(file_id, caller).id,
+            input_file_id=self.file(file_id, caller, "input_file_id").id,
             completion_window=window,
             created_at=now,
             expires_at=now + window_s,

@@ -69,7 +69,7 @@ class Behaviour:
 
     reject: what to answer to a Submit instead, if anything. deaf_to_ping: never answer Ping. error_at_token: end requests with
     `error` after so many tokens. prompt_scores_per_step: of a prompt's tokens; only a Submit's first sample waits for them.
-    die_at_step: exit the process in that step. warm_s: warmup time; fatal: say so instead of Ready.
+    die_at_step: exit the process in that step. tokens_per_step: of one request. warm_s: warmup time; fatal: say so instead of Ready.
     """
 
     reply: Callable[[Submit, int], list[int]] = repeat_prompt
@@ -84,6 +84,7 @@ class Behaviour:
     max_request_tokens: int = MAX_REQUEST_TOKENS
     prompt_scores_per_step: int = 1000
     vocab_size: int = VOCAB_SIZE
+    tokens_per_step: int = 1
 
 
 @dataclass
@@ -184,16 +185,20 @@ class FakeEngine:
         if self._num_steps == self.behaviour.die_at_step:
             os._exit(7)
         prompt_scores = self._score_prompts()
-        request_ids, token_ids, finish = [i for i, row in self._rows.items() if not row.unscored], [], []
+        request_ids: list[int] = []
+        token_ids, finish = [], []
         scored: list[tuple[int, int]] = []
-        for request_id in request_ids:
-            token, reason = self._next_token(self._rows[request_id])
-            if self._rows[request_id].submit.sampling.logprobs is not None and token >= 0:
-                scored.append((request_id, token))
-            token_ids.append(token)
-            finish.append(reason)
-            if reason:
-                del self._rows[request_id]
+        for request_id in [i for i, row in self._rows.items() if not row.unscored]:
+            for _ in range(self.behaviour.tokens_per_step):
+                token, reason = self._next_token(self._rows[request_id])
+                if self._rows[request_id].submit.sampling.logprobs is not None and token >= 0:
+                    scored.append((request_id, token))
+                request_ids.append(request_id)
+                token_ids.append(token)
+                finish.append(reason)
+                if reason:
+                    del self._rows[request_id]
+                    break
         self._num_tokens += len(request_ids)
         self._send(
             StepOutputs(

@@ -64,6 +64,7 @@ class RunningServer:
         self._uvicorn = _Uvicorn(uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1))
         self._started.set()
         await self._uvicorn.serve(sockets=[self._listener])
+        await self.serving.grammars.close()
         await client.close()
 
     def __exit__(

@@ -34,9 +34,7 @@ def _post(server: RunningServer, path: str, **fields: object) -> httpx.Response:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("suffix", "x"), ("allowed_token_ids", [1]),
-        ("response_format", {"type": "json_object"}), ("guided_json", {}), ("structured_outputs", {"regex": "a"}),
-        ("reasoning_budget", 5),
+        ("suffix", "x"), ("allowed_token_ids", [1]), ("guided_json", {}), ("reasoning_budget", 5),
         ("include_stop_str_in_output", True), ("skip_special_tokens", False), ("use_beam_search", True),
         ("never_heard_of", 1), ("never_heard_of", None), ("tools", []),
     ],
@@ -52,7 +50,7 @@ def test_completion_fields_that_are_refused_by_name(server: RunningServer, field
     ("field", "value"),
     [
         ("tools", [{"type": "function"}]), ("tool_choice", "required"),
-        ("functions", [{}]), ("response_format", {"type": "json_schema"}), ("reasoning_effort", "low"),
+        ("functions", [{}]), ("reasoning_effort", "low"),
         ("modalities", ["audio"]), ("continue_final_message", True), ("chat_template", "x"), ("store", True),
         ("prompt", "x"), ("web_search_options", {}), ("reasoning_budget", 5),
         ("reasoning_effort", "huge"), ("reasoning_effort", "none"), ("tool_choice", "any"), ("tools", {}),

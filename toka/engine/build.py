@@ -55,4 +55,4 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
 def _vocabulary(source: ModelSource, vocab_size: int) -> GrammarVocabulary:
     """What grammars must know of a model's tokens. ConfigError if it cannot be had."""
     tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
-    return GrammarVocabulary(tokenizer, vocab_size)
+    return GrammarVocabulary(tokenizer.to_json(), tokenizer.eos_token_ids, vocab_size)

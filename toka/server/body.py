@@ -9,7 +9,7 @@ import msgspec
 from starlette.requests import Request
 
 from toka.errors import RequestError
-from toka.server.schemas import NEUTRAL_VALUES
+from toka.server.schemas import NEUTRAL_VALUES, REPLACED_FIELDS
 
 MAX_BODY_BYTES = 32 * 2**20
 
@@ -59,7 +59,8 @@ def _supported_fields(fields: dict[str, Any], schema: type[msgspec.Struct]) -> d
         elif name not in neutral:
             raise RequestError(f"{_short(name)} is not supported by this version.", _short(name), code="unknown_field")
         elif not (value is None or _is_neutral(value, neutral[name])):
-            raise RequestError(f"{name} is not supported yet by this version; leave it out.", name, code="unsupported")
+            instead = f"say {REPLACED_FIELDS[name]} instead" if name in REPLACED_FIELDS else "leave it out"
+            raise RequestError(f"{name} is not supported yet by this version; {instead}.", name, code="unsupported")
     return kept
 
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
 from toka.errors import RequestError
-from toka.params import MAX_LOGPROBS
+from toka.params import MAX_LOGPROBS, StructuredOutput
 from toka.server.body import read_body
 from toka.server.conversation import Conversation, ToolUse, adds_generation_prompt, messages_of, prepare, tools_of
 from toka.server.generation import Generation, TokenEvent
@@ -30,6 +30,7 @@ from toka.server.schemas import (
 )
 from toka.server.serving import num_prompt_logprobs, serving_of, timings_of, usage_of
 from toka.server.stream import ChunkTemplate, respond
+from toka.server.structured import structured_output
 from toka.text.held_scores import ScoredToken
 from toka.text.tokenizer import Tokenizer
 
@@ -45,7 +46,8 @@ async def create_chat_completion(request: Request) -> Response:
     body = _one_max_tokens(await read_body(request, ChatCompletionRequest))
     num_top = _num_top(body)
     model = serving.check_model(body.model)
-    prompt = await prepare(serving, _conversation_of(body))
+    conversation = _conversation_of(body, await structured_output(serving, body))
+    prompt = await prepare(serving, conversation)
     [token_ids] = serving.truncated(body, [prompt.token_ids])
     generation = serving.submit(
         body,
@@ -77,7 +79,7 @@ async def create_chat_completion(request: Request) -> Response:
     )
 
 
-def _conversation_of(body: ChatCompletionRequest) -> Conversation:
+def _conversation_of(body: ChatCompletionRequest, structured: StructuredOutput | None) -> Conversation:
     return Conversation(
         messages_of(body.messages),
         _tool_use(body),
@@ -87,6 +89,7 @@ def _conversation_of(body: ChatCompletionRequest) -> Conversation:
         variables=body.chat_template_kwargs,
         reasoning_effort=None if body.reasoning_effort is UNSET else body.reasoning_effort,
         reasoning_budget=_reasoning_budget(body),
+        structured=structured,
     )
 
 

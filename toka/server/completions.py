@@ -20,6 +20,7 @@ from toka.server.openapi import describe
 from toka.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from toka.server.serving import Serving, num_prompt_logprobs, serving_of, timings_of, usage_of
 from toka.server.stream import ChunkTemplate, respond
+from toka.server.structured import structured_output
 from toka.text.held_scores import ScoredToken
 from toka.text.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ async def create_completion(request: Request) -> Response:
     serving.check_admission()
     body = await read_body(request, CompletionRequest)
     model = serving.check_model(body.model)
+    structured = await structured_output(serving, body)
     prompts, texts = await _token_prompts(serving, body)
     if body.truncate_prompt_tokens is not UNSET:
         prompts, texts = serving.truncated(body, prompts), []
@@ -48,6 +50,7 @@ async def create_completion(request: Request) -> Response:
         prompt_param="prompt",
         default_max_tokens=DEFAULT_MAX_TOKENS,
         start_time=start_time,
+        structured=structured,
         logprobs=0 if logprobs is None and num_kept < body.n else logprobs,
         prompt_logprobs=max(of_prompt, default=None),
         may_generate_nothing=body.echo or bool(of_prompt),

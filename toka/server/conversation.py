@@ -63,7 +63,7 @@ class Conversation:
     """messages: as OpenAI has them in chat completions, None values left out or not. variables: for the chat template.
 
     template: the request's own, in place of the model's. reasoning_budget: tokens of reasoning at most. structured: what the content
-    must fit.
+    must fit; structured_param: the field that says so.
     """
 
     messages: list[dict[str, Any]]
@@ -75,6 +75,7 @@ class Conversation:
     reasoning_effort: str | None = None
     reasoning_budget: int | None = None
     structured: StructuredOutput | None = None
+    structured_param: str = "response_format"
 
 
 def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -147,7 +148,12 @@ async def prepare(serving: Serving, conversation: Conversation, *, add_special_t
         tools=[_openai_form(tool) for tool in uses_tools],
         tool_names=[tool.name for tool in uses_tools],
     )
-    return ChatPrompt(token_ids, reading, _grammar(serving, replies, conversation, uses_tools, begun))
+    structured = _grammar(serving, replies, conversation, uses_tools, begun)
+    if structured is not None:
+        param = "tools" if uses_tools else conversation.structured_param
+        vocab_size = serving.check_admission().vocab_size
+        structured = await serving.grammars.check(structured.kind, structured.source, param, vocab_size)
+    return ChatPrompt(token_ids, reading, structured)
 
 
 def _template(serving: Serving, conversation: Conversation) -> tuple[ChatTemplate, ModelReplies]:

@@ -233,7 +233,9 @@ class EngineClient:
             for request_id, score in step.prompt_scores.entries():
                 if (scored := self._samples.get(request_id)) is not None:
                     scored[0].take_prompt_score(score)
-        scores = {} if step.scores is None else dict(step.scores.entries())  # a request has one token a step
+        scores = (
+            {} if step.scores is None else dict(step.scores.entries())
+        )  # one token a step, where they are asked for
         over: list[int] = []
         unwanted: list[int] = []  # what we end, not the engine
         for request_id, token_id, finish, num_cached in zip(
@@ -244,9 +246,10 @@ class EngineClient:
             strict=True,
         ):
             entry = self._samples.get(request_id)
-            if entry is None:  # aborted; the engine had not heard of it yet
+            if entry is None:  # aborted (the engine had not heard of it yet), or ended by an entry before
                 continue
             if entry[0].take(token_id, finish, num_cached, now, scores.get(request_id)):
+                del self._samples[request_id]
                 (over if finish else unwanted).append(request_id)
         if over:
             self._forget(over)

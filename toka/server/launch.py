@@ -144,6 +144,7 @@ class _ServerRun:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+            await self._serving.grammars.close()
             await self._engine.close()
 
     def _watch_engine(self) -> None:
@@ -206,6 +207,8 @@ class _ServerRun:
         where = f"[{host}]" if ":" in host else host
         names = " and ".join(self._serving.model_names)
         logger.info("Ready: %s at http://%s:%d/v1", names, where, port)
+        if self._engine.ready is not None:
+            await self._serving.grammars.start(self._engine.ready.vocab_size)
 
     async def _report_stats(self) -> None:
         """Every stats_report_seconds in which something happened, one line."""

@@ -131,6 +131,7 @@ def _conversation_of(serving: Serving, body: CountTokensRequest) -> Conversation
         reasoning_effort="none" if thinking is not None and thinking.type == "disabled" and can_skip else None,
         reasoning_budget=None if thinking is None else thinking.budget_tokens,
         structured=structured,
+        structured_param="output_config",
     )
 
 

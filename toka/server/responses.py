@@ -29,11 +29,11 @@ from toka.server.schemas import (
     IncompleteDetails,
     InputTokensDetails,
     JsonObjectFormat,
-    JsonSchemaFormat,
     NamedResponseTool,
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
+    SchemaFormat,
 )
 from toka.server.serving import serving_of, usage_of
 from toka.server.stream import respond
@@ -84,6 +84,7 @@ def _conversation_of(body: ResponsesRequest) -> Conversation:
         reasoning_effort=body.reasoning.effort,
         reasoning_budget=None if body.reasoning_budget is UNSET else body.reasoning_budget,
         structured=_structured(body),
+        structured_param="text",
     )
 
 
@@ -102,7 +103,7 @@ def _structured(body: ResponsesRequest) -> StructuredOutput | None:
     match body.text.format:
         case JsonObjectFormat():
             return StructuredOutput("json_schema", '{"type": "object"}')
-        case JsonSchemaFormat(schema=schema):
+        case SchemaFormat(schema=schema):
             return StructuredOutput("json_schema", json.dumps(schema))
         case _:
             return None

@@ -24,6 +24,31 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     continuous_usage_stats: bool = False
 
 
+class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """strict changes nothing: the text always fits the schema."""
+
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] = msgspec.field(default_factory=dict)
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the text has to be: anything, any JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the text has to be; exactly one of them."""
+
+    json: Annotated[dict[str, Any] | str, Meta(description="A JSON schema, or its text.")] | None = None
+    regex: Annotated[str, Meta(description="A regular expression for the whole text.")] | None = None
+    choice: Annotated[list[str], Meta(description="Texts of which it is one.")] | None = None
+    grammar: Annotated[str, Meta(description="A context-free grammar in Lark's notation or GBNF.")] | None = None
+
+
 class GenerationFields(msgspec.Struct, kw_only=True):
     """What completions and chat completions have in common."""
 
@@ -59,6 +84,8 @@ class GenerationFields(msgspec.Struct, kw_only=True):
         Annotated[int, Meta(description="Logprobs of the prompt's tokens, and so many of the likeliest; 0 to 20.")]
         | UnsetType
     ) = UNSET
+    response_format: ResponseFormat | UnsetType = UNSET
+    structured_outputs: StructuredOutputs | UnsetType = UNSET
     cache_salt: Annotated[str, Meta(description="Share cached prefixes only under the same salt.")] = ""
     priority: Annotated[int, Meta(description="Lower runs earlier, and in place of higher ones that run.")] = 0
     deadline_s: (
@@ -269,7 +296,7 @@ class JsonObjectFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="ty
     """Any JSON object."""
 
 
-class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+class SchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
     """JSON that fits the schema. name, description: labels."""
 
     schema: dict[str, Any]
@@ -281,7 +308,7 @@ class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
 class ResponseText(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What the text of the response must be."""
 
-    format: TextFormat | JsonObjectFormat | JsonSchemaFormat = msgspec.field(default_factory=TextFormat)
+    format: TextFormat | JsonObjectFormat | SchemaFormat = msgspec.field(default_factory=TextFormat)
     verbosity: Literal["medium"] | None = None
 
 
@@ -407,7 +434,7 @@ class Thinking(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What the text of the reply must be; only a JSON schema is known."""
 
-    format: JsonSchemaFormat | None = None
+    format: SchemaFormat | None = None
     effort: None = None
 
 
@@ -468,8 +495,6 @@ _NEUTRAL_GENERATION: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "allowed_token_ids": (),
     "logits_processors": ([],),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -532,6 +557,11 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     MessagesRequest: _NEUTRAL_MESSAGES,
     TokenizeRequest: {},
     DetokenizeRequest: {},
+}
+
+# Fields of old, and what to say instead.
+REPLACED_FIELDS = {
+    f"guided_{kind}": f'structured_outputs: {{"{kind}": ...}}' for kind in ("json", "regex", "choice", "grammar")
 }
 
 # -------------------------------------------------------------------------------------------------------------- replies

@@ -20,6 +20,7 @@ from toka.metrics import Metrics
 from toka.params import MAX_BAD_WORDS, MAX_STOP_TOKEN_IDS, SamplingParams, StructuredOutput
 from toka.server.engine_client import RETRY_AFTER_S, EngineClient
 from toka.server.generation import Generation
+from toka.server.grammar_checker import GrammarChecker
 from toka.server.schemas import (
     CompletionTokensDetails,
     GenerationFields,
@@ -52,6 +53,7 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
+        self.grammars = GrammarChecker(self.tokenizer)
         self.metrics = Metrics(self.model_id, lambda: self.engine.stats, self._startup_s)
         template = self.tokenizer.chat_template
         self.replies = (
@@ -142,8 +144,8 @@ class Serving:
         """Check everything that can be checked here and hand the prompts to the engine.
 
         default_max_tokens: where the client gives none; None = as many as the context allows. start_time: perf_counter().
-        logprobs, prompt_logprobs, structured: as in SamplingParams. may_generate_nothing: whether max_tokens may be 0.
-        reading: how the samples are read as replies; None = they are not.
+        logprobs, prompt_logprobs, structured: as in SamplingParams; GrammarChecker let the grammar through. may_generate_nothing: whether
+        max_tokens may be 0. reading: how the samples are read as replies; None = they are not.
         Raises RequestError naming the field at fault, CapacityError when the server is full.
         """
         ready = self.check_admission()

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from toka.errors import ConfigError, RequestError
 from toka.params import StructuredOutput
 from toka.plan import TokenMasks
-from toka.text.tokenizer import Tokenizer
 
 MAX_SOURCE_BYTES = 256 * 2**10
 MAX_ERROR_CHARS = 300
@@ -40,16 +40,16 @@ _MAX_MASK_THREADS = 8
 class GrammarVocabulary:
     """What grammars must know of a model's tokens. Safe to call from several threads.
 
-    vocab_size: of the model, which may have more ids than the tokenizer. eos_token_ids: those that end a text.
-    Raises ConfigError if the tokenizer is of a kind that has no grammars, or names no token that ends a text.
+    tokenizer_json: as Tokenizer.to_json gives it. eos_token_ids: those that end a text. vocab_size: of the model, which may have more ids
+    than the tokenizer. Raises ConfigError if the tokenizer is of a kind that has no grammars, or if nothing ends a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
-        self.vocab_size, self.eos_token_ids = vocab_size, tokenizer.eos_token_ids
+    def __init__(self, tokenizer_json: str, eos_token_ids: Sequence[int], vocab_size: int):
+        self.eos_token_ids = tuple(eos_token_ids)
         if not self.eos_token_ids:
             raise ConfigError("structured output needs a token that ends a text, and this model's tokenizer names none")
         try:
-            self._tokens = LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=list(self.eos_token_ids))
+            self._tokens = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(self.eos_token_ids))
         except Exception as error:  # llguidance raises bare ValueError and RuntimeError
             raise ConfigError(f"structured output is not possible with this tokenizer: {_short(str(error))}") from error
 
@@ -151,6 +151,15 @@ class MaskWriter:
             else:
                 state._finish_mask(masks_CW[place])
         return masks_CW
+
+
+def lark_of(grammar: str) -> str:
+    """A grammar of either notation in that of Lark. Raises RequestError, without a field's name, for GBNF that cannot be read."""
+    try:
+        converted: str = any_to_lark(grammar)
+    except (GbnfToLarkError, ValueError, KeyError, IndexError, RecursionError) as error:
+        raise RequestError(f"The grammar is not valid: {_short(str(error))}") from None
+    return converted
 
 
 def _bits(words_W: TokenMasks) -> np.ndarray[tuple[int, ...], np.dtype[np.uint32]]:

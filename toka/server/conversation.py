@@ -101,6 +101,13 @@ def tool_of(name: str, description: str | None, parameters: dict[str, Any] | Non
     return Tool(name, description or "", {"type": "object", "properties": {}, **(parameters or {})}, bool(strict))
 
 
+def json_output(schema: dict[str, Any], param: str) -> StructuredOutput:
+    """What the content must fit if it is to be JSON of this schema; param: the field that says so."""
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise RequestError(f"{param}: the schema is nested too deeply.", param)
+    return StructuredOutput("json_schema", msgspec.json.encode(schema).decode())
+
+
 @contextlib.contextmanager
 def fields_named(names: Mapping[str, str]) -> Iterator[None]:
     """Errors that name a field of chat completions name it as another API does: names has that API's word for each."""

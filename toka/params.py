@@ -11,6 +11,7 @@ from toka.errors import RequestError
 
 MAX_SAMPLES_PER_REQUEST = 128
 MAX_LOGPROBS = 20  # likeliest tokens that a request can ask for; the device always finds so many when anybody asks
+MAX_GRAMMAR_BYTES = 256 * 2**10  # of the source of a StructuredOutput
 MAX_STOP_TOKEN_IDS = 16  # the width of the sampler's table of token ids that min_tokens holds back
 
 
@@ -40,7 +41,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: with every generated token its logprob, and those of so many of the likeliest tokens; None = off, at most 20.
         Of the model's distribution: temperature and filters change them not.
     prompt_logprobs: the same for the prompt's tokens, but the first; the prompt is then computed whole, whatever the prefix cache holds.
-    structured: only text of this grammar can be drawn; the text ends where the grammar does. None = any text.
+    structured: only text of this grammar can be drawn, and the text ends where the grammar does; None = any text. The grammar goes before
+        min_tokens and ignore_eos: these keep a text from ending while the grammar lets it go on, and no longer.
     """
 
     n: int = 1

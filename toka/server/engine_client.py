@@ -233,7 +233,9 @@ class EngineClient:
             for request_id, score in step.prompt_scores.entries():
                 if (scored := self._samples.get(request_id)) is not None:
                     scored[0].take_prompt_score(score)
-        scores = {} if step.scores is None else dict(step.scores.entries())  # one token a step, where they are asked for
+        scores = (
+            {} if step.scores is None else dict(step.scores.entries())
+        )  # one token a step, where they are asked for
         over: list[int] = []
         unwanted: list[int] = []  # what we end, not the engine
         for request_id, token_id, finish, num_cached in zip(

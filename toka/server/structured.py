@@ -57,7 +57,9 @@ def _by_outputs(wanted: StructuredOutputs) -> tuple[GrammarKind, str]:
             f"structured_outputs holds one of json, regex, choice and grammar, {rule}.", "structured_outputs"
         )
     if wanted.json is not None:
-        return "json_schema", wanted.json if isinstance(wanted.json, str) else _as_text(wanted.json, "structured_outputs")
+        return "json_schema", wanted.json if isinstance(wanted.json, str) else _as_text(
+            wanted.json, "structured_outputs"
+        )
     if wanted.regex is not None:
         return "regex", wanted.regex
     if wanted.grammar is not None:

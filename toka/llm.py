@@ -40,7 +40,8 @@ _SERVER_FLAGS = {
 
 @dataclasses.dataclass
 class Completion:
-    """One sample. token_ids: everything generated, an end token included. finish_reason: "stop" or "length".
+    """One sample. token_ids: everything generated, an end token included. finish_reason: "stop", "length", or
+    "error" if the engine could not go on, since a grammar became too complex.
 
     logprobs: one entry for each of token_ids; None unless SamplingParams.logprobs asks.
     """

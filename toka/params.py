@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20  # likeliest tokens that a request can ask for; the device alw
 MAX_LOGIT_BIASES = 300  # of one request, as in OpenAI's API
 MAX_BAD_WORDS = 64  # spellings of them: a word may have one with a space before it and one without
 MAX_BAD_WORD_TOKENS = 8
+MAX_GRAMMAR_BYTES = 256 * 2**10  # of the source of a StructuredOutput
 MAX_STOP_TOKEN_IDS = 16  # the width of the sampler's table of token ids that min_tokens holds back
 
 
@@ -47,6 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty, frequency_penalty: taken off the logits of tokens that were generated before, once or for each time; 0 = off.
     repetition_penalty: divides the logits of tokens of the prompt and of what was generated (those below 0 it multiplies); 1 = off.
     logit_bias: (token id, what is added to its logit). bad_words: tokens that must not follow one another, as lists of ids.
+    structured: only text of this grammar can be drawn, and the text ends where the grammar does; None = any text. The grammar goes before
+        min_tokens and ignore_eos: these keep a text from ending while the grammar lets it go on, and no longer.
     """
 
     n: int = 1

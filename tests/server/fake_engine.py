@@ -89,8 +89,8 @@ class Behaviour:
     fatal: Fatal | None = None
     max_request_tokens: int = MAX_REQUEST_TOKENS
     prompt_scores_per_step: int = 1000
-    tokens_per_step: int = 1
     vocab_size: int = VOCAB_SIZE
+    tokens_per_step: int = 1
 
 
 @dataclass

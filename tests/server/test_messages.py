@@ -162,6 +162,8 @@ def test_tokens_are_counted(server: RunningServer) -> None:
         ),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "1"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, "messages"),
+        ({"messages": [*HI, {"role": "assistant", "content": []}]}, "messages"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}, "output_config"),
         ({"thinking": {"type": "enabled", "budget_tokens": 50}}, "thinking"),
         ({"thinking": {"type": "enabled"}}, "thinking"),
         ({"thinking": {"type": "adaptive", "budget_tokens": 5}}, "thinking"),
@@ -194,3 +196,18 @@ def test_errors_are_those_that_the_client_knows(server: RunningServer, start_ser
         message(failing, False)
     with pytest.raises(anthropic.APIStatusError, match="could not go on"):
         message(failing, True)
+
+
+def test_deep_values_are_refused(server: RunningServer) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": deep}]}
+    for fields in (
+        {"messages": [*HI, call, *HI]},
+        {"output_config": {"format": {"type": "json_schema", "schema": deep}}},
+        {"tools": [{"name": "f", "input_schema": {**deep, "type": "object"}}]},
+    ):
+        reply = server.post("/v1/messages", {"messages": HI, "max_tokens": 1, **fields})
+        assert reply.status_code in (200, 400), reply.text
+    assert reply.json()["error"]["param"] == "tools"

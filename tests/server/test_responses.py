@@ -194,6 +194,8 @@ def test_what_the_engine_is_told(server: RunningServer) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}, "text"),
+        ({"tools": [{**WEATHER, "strict": True, "parameters": {"properties": {"a": {"type": "x"}}}}]}, "tools"),
         ({"text": {"verbosity": "low"}}, "text"),
         ({"reasoning": {"effort": "low"}}, "reasoning"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning"),

@@ -13,8 +13,7 @@ import pytest
 from fake_engine import Behaviour
 from running_server import RunningServer
 
-from toka.params import StructuredOutput
-from toka.text.grammar import MAX_SOURCE_BYTES
+from toka.params import MAX_GRAMMAR_BYTES, StructuredOutput
 
 HI = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}, "required": ["größe"]}
@@ -101,7 +100,9 @@ def refusal(server: RunningServer, **fields: Any) -> dict[str, Any]:
     reply = server.post("/v1/chat/completions", {"messages": HI, "max_tokens": 2, **fields})
     took_s = time.perf_counter() - began
     assert reply.status_code == 400, (reply.status_code, reply.text[:200])
-    assert took_s < 1.5, f"{took_s:.2f} s"  # 1 s on a machine that does nothing else
+    assert took_s < 4.0, (
+        f"{took_s:.2f} s"
+    )  # below 1 s on a machine that does nothing else; unhindered, some would take 30 s
     error: dict[str, Any] = reply.json()["error"]
     assert len(error["message"]) < 500
     return error
@@ -171,6 +172,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
         }
     },
     "repeats": {"regex": "((a{1000}){1000}){1000}"},
+    "repeats behind a choice": {"regex": "(x|y)((a{1000}){1000}){1000}"},
     "10 MB regex": {"regex": "ab" * 5_000_000},
     "parentheses": {"regex": "(" * 20_000 + "a" + ")" * 20_000},
     "lark parentheses": {"grammar": "start: " + "(" * 20_000 + '"a"' + ")" * 20_000},
@@ -207,7 +209,7 @@ def test_plain_requests_do_not_wait_for_hostile_grammars(warm: RunningServer) ->
         began = time.perf_counter()
         assert warm.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
         assert time.perf_counter() - began < 1.5  # all of them take longer, two at a time
-        assert {reply.result().status_code for reply in replies} == {400}
+        assert {reply.result().status_code for reply in replies} <= {400, 503}  # 503: none has time for the last ones
 
 
 def test_a_checker_that_dies_is_replaced(start_server: Any) -> None:
@@ -222,8 +224,8 @@ def test_a_checker_that_dies_is_replaced(start_server: Any) -> None:
 
 
 def test_a_grammar_may_have_so_many_bytes(warm: RunningServer) -> None:
-    error = refusal(warm, structured_outputs={"regex": "a" * (MAX_SOURCE_BYTES + 1)})
-    assert error["code"] == "grammar_too_large" and str(MAX_SOURCE_BYTES) in error["message"]
+    error = refusal(warm, structured_outputs={"regex": "a" * (MAX_GRAMMAR_BYTES + 1)})
+    assert error["code"] == "grammar_too_large" and str(MAX_GRAMMAR_BYTES) in error["message"]
 
 
 def test_the_engine_may_send_several_tokens_of_a_request_at_once(start_server: Any) -> None:

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from toka.errors import ConfigError, RequestError
-from toka.params import StructuredOutput
-from toka.text.grammar import MAX_ERROR_CHARS, MAX_SOURCE_BYTES, GrammarState, GrammarVocabulary, MaskWriter, lark_of
+from toka.params import MAX_GRAMMAR_BYTES, StructuredOutput
+from toka.text.grammar import MAX_ERROR_CHARS, GrammarState, GrammarVocabulary, MaskWriter, lark_of
 
 VOCAB_SIZE = 300  # more than the tokenizer has
 EOS, EOT = 258, 259
@@ -125,13 +125,24 @@ def test_special_tokens_are_no_text(vocabulary: GrammarVocabulary) -> None:
         ("json_schema", json.dumps({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}), "oneOf"),
         ("lark", "start: nothing", "nothing"),
         ("lark", "start: e\ne: e", "valid"),
-        ("lark", 'start: "' + "a" * MAX_SOURCE_BYTES + '"', str(MAX_SOURCE_BYTES)),
+        ("lark", 'start: "' + "a" * MAX_GRAMMAR_BYTES + '"', str(MAX_GRAMMAR_BYTES)),
     ],
 )
 def test_what_cannot_be_followed_is_refused(vocabulary: GrammarVocabulary, kind: str, source: str, what: str) -> None:
     with pytest.raises(RequestError, match=what) as refused:
         vocabulary.compile(StructuredOutput(kind, source))  # type: ignore[arg-type]
     assert len(refused.value.message) < MAX_ERROR_CHARS + 40
+
+
+def test_a_text_is_tried_out_to_its_end_or_for_so_many_choices(vocabulary: GrammarVocabulary) -> None:
+    whole, part, empty = (begin(vocabulary, pattern) for pattern in ("[abc]xyz[abc]", "[abc]{100}", ""))
+    for state in (whole, part, empty):
+        state.try_out(9)
+        assert state.error is None
+    assert whole.is_over and empty.is_over and not part.is_over
+    bomb = begin(vocabulary, "[xy]((a{1000}){1000}){1000}")
+    bomb.try_out(2)
+    assert bomb.error is not None and "too many" in bomb.error
 
 
 def test_white_space_has_a_bound(vocabulary: GrammarVocabulary) -> None:

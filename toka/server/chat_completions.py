@@ -46,7 +46,8 @@ async def create_chat_completion(request: Request) -> Response:
     body = _one_max_tokens(await read_body(request, ChatCompletionRequest))
     num_top = _num_top(body)
     model = serving.check_model(body.model)
-    prompt = await prepare(serving, _conversation_of(body, await structured_output(serving, body)))
+    conversation = _conversation_of(body, await structured_output(serving, body))
+    prompt = await prepare(serving, conversation)
     [token_ids] = serving.truncated(body, [prompt.token_ids])
     generation = serving.submit(
         body,

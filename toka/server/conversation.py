@@ -63,7 +63,7 @@ class Conversation:
     """messages: as OpenAI has them in chat completions, None values left out or not. variables: for the chat template.
 
     template: the request's own, in place of the model's. reasoning_budget: tokens of reasoning at most. structured: what the content
-    must fit.
+    must fit; structured_param: the field that says so.
     """
 
     messages: list[dict[str, Any]]
@@ -75,6 +75,7 @@ class Conversation:
     reasoning_effort: str | None = None
     reasoning_budget: int | None = None
     structured: StructuredOutput | None = None
+    structured_param: str = "response_format"
 
 
 def messages_of(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -98,6 +99,13 @@ def tools_of(tools: Sequence[ToolDefinition]) -> list[Tool]:
 def tool_of(name: str, description: str | None, parameters: dict[str, Any] | None, strict: bool | None) -> Tool:
     """A tool with what clients may leave out."""
     return Tool(name, description or "", {"type": "object", "properties": {}, **(parameters or {})}, bool(strict))
+
+
+def json_output(schema: dict[str, Any], param: str) -> StructuredOutput:
+    """What the content must fit if it is to be JSON of this schema; param: the field that says so."""
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise RequestError(f"{param}: the schema is nested too deeply.", param)
+    return StructuredOutput("json_schema", msgspec.json.encode(schema).decode())
 
 
 @contextlib.contextmanager
@@ -149,7 +157,8 @@ async def prepare(serving: Serving, conversation: Conversation, *, add_special_t
     )
     structured = _grammar(serving, replies, conversation, uses_tools, begun)
     if structured is not None:
-        param, vocab_size = "tools" if uses_tools else "response_format", serving.check_admission().vocab_size
+        param = "tools" if uses_tools else conversation.structured_param
+        vocab_size = serving.check_admission().vocab_size
         structured = await serving.grammars.check(structured.kind, structured.source, param, vocab_size)
     return ChatPrompt(token_ids, reading, structured)
 

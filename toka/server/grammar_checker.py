@@ -1,4 +1,7 @@
-"""Whether a request's grammar can be used: asked of a process of its own (grammar_process.py), off the event loop."""
+"""Whether a request's grammar can be used: asked of a process of its own (grammar_process.py), off the event loop.
+
+llguidance is imported there alone.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,39 @@ from typing import Literal
 import msgspec
 
 from toka.errors import CapacityError, RequestError
-from toka.params import StructuredOutput
-from toka.server.grammar_process import Order, Verdict, Vocabulary
-from toka.text.grammar import MAX_SOURCE_BYTES
+from toka.params import MAX_GRAMMAR_BYTES, StructuredOutput
 from toka.text.tokenizer import Tokenizer
 
 MAX_WAIT_S = 5.0  # for a verdict, the process's start and the grammars before it included
 MAX_WAITING = 64
-_MAX_KNOWN = 1024
+_MAX_KNOWN = 256  # grammars that passed
 _MAX_LINE_BYTES = 16 * 2**20  # verdicts have at most a converted grammar
 
 GrammarKind = Literal["json_schema", "regex", "lark", "grammar"]
+
+
+class Vocabulary(msgspec.Struct):
+    """The first line that the process reads: see GrammarVocabulary."""
+
+    tokenizer_json: str
+    eos_token_ids: list[int]
+    vocab_size: int
+
+
+class Order(msgspec.Struct):
+    """A grammar to try. kind "grammar": Lark's notation or GBNF's."""
+
+    number: int
+    kind: GrammarKind
+    source: str
+
+
+class Verdict(msgspec.Struct):
+    """error: what is wrong with it, None if nothing is. source: of kind "grammar" what it is in Lark's notation, else None."""
+
+    number: int
+    error: str | None
+    source: str | None = None
 
 
 class GrammarChecker:
@@ -43,9 +68,9 @@ class GrammarChecker:
 
         Raises RequestError naming param if it is wrong or takes too long, CapacityError if too many wait.
         """
-        if len(source.encode()) > MAX_SOURCE_BYTES:
+        if len(source.encode()) > MAX_GRAMMAR_BYTES:
             raise RequestError(
-                f"{param}: a grammar can have {MAX_SOURCE_BYTES} bytes.", param, code="grammar_too_large"
+                f"{param}: a grammar can have {MAX_GRAMMAR_BYTES} bytes.", param, code="grammar_too_large"
             )
         verdict = await self._verdict(kind, source, vocab_size)
         if verdict.error is not None:
@@ -74,9 +99,10 @@ class GrammarChecker:
             raise CapacityError("The grammar could not be compiled in time: the server is busy.", status=503) from None
         finally:
             del self._open[number]
-        self._known[key] = verdict
-        if len(self._known) > _MAX_KNOWN:
-            self._known.popitem(last=False)
+        if verdict.error is None:
+            self._known[key] = verdict
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
         return verdict
 
     async def start(self, vocab_size: int) -> asyncio.subprocess.Process:

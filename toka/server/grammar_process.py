@@ -10,7 +10,6 @@ stdin ends the process.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import selectors
@@ -20,51 +19,30 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
 
 import msgspec
 import psutil
 
 from toka.errors import ConfigError, RequestError
 from toka.params import StructuredOutput
+from toka.server.grammar_checker import Order, Verdict, Vocabulary
 from toka.text.grammar import GrammarVocabulary, lark_of
 
-MAX_CHECK_S = 0.7
-MAX_FORKS = 2  # others wait; a fork's time begins with it
+MAX_CPU_S = 0.5  # of one grammar; what takes more is too complex
+MAX_WALL_S = 5.0  # after which nobody waits for the verdict any more: the machine is busy with other things
+_WATCH_S = 0.05  # how often forks are looked at
+MAX_FORKS = 2  # others wait
 _NICENESS = 10  # of forks: who generates goes first
 _MAX_MEMORY_BYTES = 2**30  # that a fork may have beyond its parent's
+_TRIED_CHOICES = 16  # of a text
 _STACK_BYTES = 2**20  # an eighth of what the engine's threads have
 _READ_BYTES = 2**16
-
-
-class Vocabulary(msgspec.Struct):
-    """The first line: see GrammarVocabulary."""
-
-    tokenizer_json: str
-    eos_token_ids: list[int]
-    vocab_size: int
-
-
-class Order(msgspec.Struct):
-    """A grammar to try. kind "grammar": Lark's notation or GBNF's."""
-
-    number: int
-    kind: Literal["json_schema", "regex", "lark", "grammar"]
-    source: str
-
-
-class Verdict(msgspec.Struct):
-    """error: what is wrong with it, None if nothing is. source: in Lark's notation, of a grammar that came in another."""
-
-    number: int
-    error: str | None
-    source: str | None = None
 
 
 @dataclass
 class _Fork:
     number: int
-    pid: int
+    process: psutil.Process
     deadline_s: float
     said: bytearray = field(default_factory=bytearray)
 
@@ -89,15 +67,13 @@ class _Checker:
                     self._start(self._waiting.popleft())
                 if not self._take_events():
                     return
-                self._end_late_forks()
+                self._end_slow_forks()
         finally:
             for fork in self._forks.values():
-                os.kill(fork.pid, signal.SIGKILL)
+                fork.process.kill()
 
     def _take_events(self) -> bool:
-        deadlines = [fork.deadline_s for fork in self._forks.values()]
-        timeout_s = max(min(deadlines) - time.monotonic(), 0.0) if deadlines else None
-        for key, _ in self._selector.select(timeout_s):
+        for key, _ in self._selector.select(_WATCH_S if self._forks else None):
             data = os.read(key.fd, _READ_BYTES)
             if key.fd == sys.stdin.fileno():
                 if not data:
@@ -106,7 +82,7 @@ class _Checker:
             elif data:
                 self._forks[key.fd].said += data
             else:
-                self._end(key.fd)
+                self._take_answer(key.fd)
         return True
 
     def _take_orders(self, data: bytes) -> None:
@@ -125,10 +101,11 @@ class _Checker:
                 os._exit(0)
         os.close(answer_to)
         self._selector.register(answers, selectors.EVENT_READ)
-        self._forks[answers] = _Fork(order.number, pid, time.monotonic() + MAX_CHECK_S)
+        self._forks[answers] = _Fork(order.number, psutil.Process(pid), time.monotonic() + MAX_WALL_S)
 
     def _answer(self, order: Order, answer_to: int) -> None:
-        """In the fork: try the grammar on a thread with little stack."""
+        """In the fork: try the grammar on a thread with little stack. What it says as it dies is for nobody."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         os.nice(_NICENESS)
         limit_bytes = psutil.Process().memory_info().vms + _MAX_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
@@ -146,40 +123,47 @@ class _Checker:
             return Verdict(order.number, f"{self._vocabulary}.")
         try:
             if order.kind == "grammar":
-                source = lark_of(order.source)
-                self._vocabulary.compile(StructuredOutput("lark", source))
-                return Verdict(order.number, None, source)
-            self._vocabulary.compile(StructuredOutput(order.kind, order.source))
+                grammar = StructuredOutput("lark", lark_of(order.source))
+            else:
+                grammar = StructuredOutput(order.kind, order.source)
+            text = self._vocabulary.compile(grammar)
         except RequestError as error:
             return Verdict(order.number, error.message)
-        return Verdict(order.number, None)
+        text.try_out(_TRIED_CHOICES)  # what is slow behind the first token shows here
+        if text.error is not None:
+            return Verdict(order.number, f"The grammar is too complex: {text.error}")
+        return Verdict(order.number, None, grammar.source if order.kind == "grammar" else None)
 
-    def _end_late_forks(self) -> None:
+    def _end_slow_forks(self) -> None:
         now = time.monotonic()
         for pipe, fork in list(self._forks.items()):
-            if fork.deadline_s <= now:
-                os.kill(fork.pid, signal.SIGKILL)
-                fork.said = bytearray()
-                self._end(pipe, f"The grammar is too complex: it took longer than {MAX_CHECK_S} s to compile.")
+            spent = fork.process.cpu_times()
+            if spent.user + spent.system > MAX_CPU_S:
+                error = f"The grammar is too complex: it takes more than {MAX_CPU_S} s to compile."
+                self._end(pipe, Verdict(fork.number, error))
+            elif fork.deadline_s <= now:
+                self._end(pipe, None)
 
-    def _end(
-        self, pipe: int, error: str = "The grammar is too complex: it took too much memory or nests too deeply."
-    ) -> None:
-        """The fork has answered, or has ended without an answer for this reason."""
+    def _take_answer(self, pipe: int) -> None:
+        """The fork has ended, with or without an answer."""
+        fork = self._forks[pipe]
+        try:
+            verdict = msgspec.json.decode(bytes(fork.said), type=Verdict)
+        except msgspec.DecodeError:
+            error = "The grammar is too complex: it takes too much memory or nests too deeply."
+            verdict = Verdict(fork.number, error)
+        self._end(pipe, verdict)
+
+    def _end(self, pipe: int, verdict: Verdict | None) -> None:
+        """Be done with a fork; verdict: what is to be said of its grammar, None = nobody waits for that."""
         fork = self._forks.pop(pipe)
         self._selector.unregister(pipe)
         os.close(pipe)
-        os.waitpid(fork.pid, 0)
-        said = bytes(fork.said)
-        with contextlib.suppress(msgspec.DecodeError):
-            msgspec.json.decode(said, type=Verdict)
-            return _say(said)
-        return _say(msgspec.json.encode(Verdict(fork.number, error)))
-
-
-def _say(verdict: bytes) -> None:
-    sys.stdout.buffer.write(verdict + b"\n")
-    sys.stdout.buffer.flush()
+        fork.process.kill()
+        os.waitpid(fork.process.pid, 0)
+        if verdict is not None:
+            sys.stdout.buffer.write(msgspec.json.encode(verdict) + b"\n")
+            sys.stdout.buffer.flush()
 
 
 def _main() -> None:

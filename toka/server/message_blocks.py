@@ -55,11 +55,18 @@ def _assistant_message(blocks: Sequence[_Block], place: int) -> dict[str, Any]:
             case ThinkingBlock(thinking=thinking):
                 message["reasoning"] = message.get("reasoning", "") + thinking
             case ToolUseBlock(id=call_id, name=name, input=arguments):
-                function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+                function = {"name": name, "arguments": _arguments_of(arguments, place)}
                 message.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
             case _:
                 raise RequestError(f"messages[{place}]: the assistant's content holds no tool_result.", "messages")
     return message
+
+
+def _arguments_of(arguments: dict[str, Any], place: int) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False)
+    except RecursionError:
+        raise RequestError(f"messages[{place}]: the input of a tool_use is nested too deeply.", "messages") from None
 
 
 def _joined(content: str | Sequence[TextBlock]) -> str:

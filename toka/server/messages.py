@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,9 +14,8 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from toka.errors import RequestError, TokaError
-from toka.params import StructuredOutput
 from toka.server.body import read_body
-from toka.server.conversation import Conversation, ToolUse, fields_named, prepare, tool_of
+from toka.server.conversation import Conversation, ToolUse, fields_named, json_output, prepare, tool_of
 from toka.server.error_replies import error_detail
 from toka.server.generation import Generation, Sample, TokenEvent
 from toka.server.message_blocks import BlockEvents, Event, blocks_of, messages_of_turns
@@ -49,7 +47,7 @@ _OUR_NAMES = {
     "stop": "stop_sequences",
     "reasoning_budget": "thinking",
     "reasoning_effort": "thinking",
-    "response_format": "output_config",
+    "continue_final_message": "messages",
 }
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -123,7 +121,7 @@ def _conversation_of(serving: Serving, body: CountTokensRequest) -> Conversation
     is_begun = messages[-1]["role"] == "assistant"
     structured = None
     if body.output_config is not UNSET and body.output_config.format is not None:
-        structured = StructuredOutput("json_schema", json.dumps(body.output_config.format.schema))
+        structured = json_output(body.output_config.format.schema, "output_config")
     thinking = None if body.thinking is UNSET else body.thinking
     if thinking is not None and (thinking.budget_tokens is not None) != (thinking.type == "enabled"):
         raise RequestError("thinking: budget_tokens goes with type enabled, and with no other.", "thinking")
@@ -136,6 +134,7 @@ def _conversation_of(serving: Serving, body: CountTokensRequest) -> Conversation
         reasoning_effort="none" if thinking is not None and thinking.type == "disabled" and can_skip else None,
         reasoning_budget=None if thinking is None else thinking.budget_tokens,
         structured=structured,
+        structured_param="output_config",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,7 +16,7 @@ from msgspec import UNSET
 from toka.errors import RequestError
 from toka.params import StructuredOutput
 from toka.server.body import read_body
-from toka.server.conversation import Conversation, ToolUse, fields_named, prepare, tool_of
+from toka.server.conversation import Conversation, ToolUse, fields_named, json_output, prepare, tool_of
 from toka.server.generation import Generation, TokenEvent
 from toka.server.openapi import describe
 from toka.server.reply_deltas import parts_of_event, said_by
@@ -29,11 +28,11 @@ from toka.server.schemas import (
     IncompleteDetails,
     InputTokensDetails,
     JsonObjectFormat,
-    JsonSchemaFormat,
     NamedResponseTool,
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
+    SchemaFormat,
 )
 from toka.server.serving import serving_of, usage_of
 from toka.server.stream import respond
@@ -91,6 +90,7 @@ def _conversation_of(body: ResponsesRequest) -> Conversation:
         reasoning_effort=body.reasoning.effort,
         reasoning_budget=None if body.reasoning_budget is UNSET else body.reasoning_budget,
         structured=_structured(body),
+        structured_param="text",
     )
 
 
@@ -108,9 +108,9 @@ def _tool_use(body: ResponsesRequest) -> ToolUse:
 def _structured(body: ResponsesRequest) -> StructuredOutput | None:
     match body.text.format:
         case JsonObjectFormat():
-            return StructuredOutput("json_schema", '{"type": "object"}')
-        case JsonSchemaFormat(schema=schema):
-            return StructuredOutput("json_schema", json.dumps(schema))
+            return json_output({"type": "object"}, "text")
+        case SchemaFormat(schema=schema):
+            return json_output(schema, "text")
         case _:
             return None
 

@@ -296,7 +296,7 @@ class JsonObjectFormat(msgspec.Struct, forbid_unknown_fields=True, tag_field="ty
     """Any JSON object."""
 
 
-class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+class SchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
     """JSON that fits the schema. name, description: labels."""
 
     schema: dict[str, Any]
@@ -308,7 +308,7 @@ class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True,
 class ResponseText(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What the text of the response must be."""
 
-    format: TextFormat | JsonObjectFormat | JsonSchemaFormat = msgspec.field(default_factory=TextFormat)
+    format: TextFormat | JsonObjectFormat | SchemaFormat = msgspec.field(default_factory=TextFormat)
     verbosity: Literal["medium"] | None = None
 
 
@@ -434,7 +434,7 @@ class Thinking(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What the text of the reply must be; only a JSON schema is known."""
 
-    format: JsonSchemaFormat | None = None
+    format: SchemaFormat | None = None
     effort: None = None
 
 

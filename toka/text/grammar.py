@@ -18,10 +18,9 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from toka.errors import ConfigError, RequestError
-from toka.params import StructuredOutput
+from toka.params import MAX_GRAMMAR_BYTES, StructuredOutput
 from toka.plan import TokenMasks
 
-MAX_SOURCE_BYTES = 256 * 2**10
 MAX_ERROR_CHARS = 300
 LIMITS = LLParserLimits(
     max_items_in_row=2000,
@@ -56,8 +55,8 @@ class GrammarVocabulary:
     def compile(self, structured: StructuredOutput) -> GrammarState:
         """The grammar at its beginning. Raises RequestError, without a field's name, if it is wrong or too large."""
         num_bytes = len(structured.source.encode())
-        if num_bytes > MAX_SOURCE_BYTES:
-            raise RequestError(f"The grammar has {num_bytes} bytes; {MAX_SOURCE_BYTES} are allowed.")
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise RequestError(f"The grammar has {num_bytes} bytes; {MAX_GRAMMAR_BYTES} are allowed.")
         try:
             matcher = LLMatcher(self._tokens, _llguidance_source(structured), log_level=0, limits=LIMITS)
         except ValueError as error:  # a source that is no JSON
@@ -115,6 +114,16 @@ class GrammarState:
                 self.forced.clear()
         if not self.forced and not self._matcher.is_stopped():
             self.forced.extend(self._matcher.compute_ff_tokens())
+
+    def try_out(self, num_choices: int) -> None:
+        """Let the text go on at random, over so many places where there is a choice. See `error` for whether it could."""
+        random = np.random.default_rng(0)
+        for _ in range(num_choices):
+            self.take(list(self.forced))
+            if self.error is not None or self.is_over:
+                return
+            mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            self.take([int(random.choice(np.flatnonzero(np.unpackbits(mask, bitorder="little"))))])
 
     def _finish_mask(self, words_W: TokenMasks) -> None:
         """Where the text does not end while it may go on, take the end out of the mask that llguidance wrote."""

@@ -88,6 +88,9 @@ class TextFeed:
         """(some text, the mark behind it): text is what is certain to stand before any of marks; the mark is taken too, or "" if none is
         there yet. ("", "") only at the end."""
         while True:
+            if self._position == len(self._text) and not self.ended:
+                yield
+                continue
             found = [(place, mark) for mark in marks if (place := self._text.find(mark, self._position)) >= 0]
             if found:
                 place, mark = min(found, key=lambda each: (each[0], -len(each[1])))
@@ -102,6 +105,9 @@ class TextFeed:
 
     def _begun(self, marks: Sequence[str]) -> int:
         """Characters at the end of what has arrived that may be the beginning of a mark."""
-        room = len(self._text) - self._position
-        lengths = range(min(max(map(len, marks), default=1) - 1, room), 0, -1)
-        return next((n for n in lengths if any(mark.startswith(self._text[-n:]) for mark in marks)), 0)
+        longest = max(map(len, marks), default=1) - 1
+        tail = self._text[max(self._position, len(self._text) - longest) :]
+        if not any(mark[0] in tail for mark in marks):
+            return 0
+        lengths = range(len(tail), 0, -1)
+        return next((n for n in lengths if any(mark.startswith(tail[-n:]) for mark in marks)), 0)

@@ -65,7 +65,7 @@ def measure(llm: LLM, num_rounds: int, num_requests: int, num_tokens: int) -> di
     cost = {kind: 100 * (ms_per_token[kind] / ms_per_token["free"] - 1) for kind in KINDS if kind != "free"}
     for kind in KINDS:
         line = f"{kind:>8}: {ms_per_token[kind]:.2f} ms a token of {num_requests} requests, {steps[kind]} steps"
-        print(line if kind == "free" else f"{line}, {cost[kind]:+.1f} %")
+        print(line if kind == "free" else f"{line}, {cost[kind]:+.1f} %", flush=True)
     return {"num_requests": num_requests, "ms_per_token": ms_per_token, "steps": steps, "cost_percent": cost}
 
 

@@ -100,9 +100,8 @@ def refusal(server: RunningServer, **fields: Any) -> dict[str, Any]:
     reply = server.post("/v1/chat/completions", {"messages": HI, "max_tokens": 2, **fields})
     took_s = time.perf_counter() - began
     assert reply.status_code == 400, (reply.status_code, reply.text[:200])
-    assert took_s < 4.0, (
-        f"{took_s:.2f} s"
-    )  # below 1 s on a machine that does nothing else; unhindered, some would take 30 s
+    # Below 1 s on a machine that does nothing else (a grammar gets half a second of CPU time); unhindered, some would take 30 s.
+    assert took_s < 8.0, f"{took_s:.2f} s"
     error: dict[str, Any] = reply.json()["error"]
     assert len(error["message"]) < 500
     return error

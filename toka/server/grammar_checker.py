@@ -19,7 +19,7 @@ from toka.errors import CapacityError, RequestError
 from toka.params import MAX_GRAMMAR_BYTES, StructuredOutput
 from toka.text.tokenizer import Tokenizer
 
-MAX_WAIT_S = 5.0  # for a verdict, the process's start and the grammars before it included
+MAX_WAIT_S = 10.0  # for a verdict, the process's start and the grammars before it included
 MAX_WAITING = 64
 _MAX_KNOWN = 256  # grammars that passed
 _MAX_LINE_BYTES = 16 * 2**20  # verdicts have at most a converted grammar

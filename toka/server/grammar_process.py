@@ -29,7 +29,7 @@ from toka.server.grammar_checker import Order, Verdict, Vocabulary
 from toka.text.grammar import GrammarVocabulary, lark_of
 
 MAX_CPU_S = 0.5  # of one grammar; what takes more is too complex
-MAX_WALL_S = 5.0  # after which nobody waits for the verdict any more: the machine is busy with other things
+MAX_WALL_S = 10.0  # after which nobody waits for the verdict any more: the machine is busy with other things
 _WATCH_S = 0.05  # how often forks are looked at
 MAX_FORKS = 2  # others wait
 _NICENESS = 10  # of forks: who generates goes first

@@ -11,8 +11,7 @@ from toka.compile.artifact import Artifact
 from toka.config import CompileFlags, hub_offline
 from toka.errors import ConfigError
 from toka.model_source import locate_configuration
-from toka.models.registry import build_model
-from toka.runner.step_program import build_step_graph
+from toka.runner.pooling_program import graph_of
 from toka.warmup.code import dump_passes, obtain_artifact
 from toka.warmup.progress import WarmupProgress
 from toka.warmup.report import WarmupReport
@@ -29,8 +28,8 @@ def run(flags: CompileFlags) -> int:
     setup = settle(flags, locate_configuration(flags.model, flags.cache_path(), offline=hub_offline()))
     report = WarmupReport()
     with WarmupProgress(report) as progress, torch.no_grad():
-        model = build_model(setup.spec, setup.dtype)
-        graph = build_step_graph(model, setup.dtype, setup.config.block_size)
+        model = setup.build_model()
+        graph = graph_of(model, setup.pooling, setup.dtype, setup.config.block_size)
         if flags.dump is not None:  # traced for this alone: an artifact that is in the cache already has no graphs
             with progress.phase("dump"):
                 dump_passes(graph, setup, Path(flags.dump).expanduser())

@@ -24,10 +24,10 @@ from toka.config import DeviceFacts, hub_offline, num_available_cores
 from toka.devices import KNOWN_DEVICES, KnownDevice, PlanFlags
 from toka.errors import ConfigError
 from toka.model_source import locate_configuration
-from toka.models.registry import build_model
 from toka.plan import MAX_SHARED_LEVELS
 from toka.runner.model_runner import RunnerSizes
-from toka.runner.step_program import build_step_graph, kv_cache_shape
+from toka.runner.pooling_program import graph_of
+from toka.runner.step_program import kv_cache_shape
 from toka.warmup import memory
 from toka.warmup.code import families_of, kernel_chooser
 from toka.warmup.memory import MemoryTable, StepMemory
@@ -127,8 +127,8 @@ def make_plan(flags: PlanFlags) -> MemoryPlan:
     source = locate_configuration(flags.model, flags.cache_path(), offline=hub_offline())
     setup = settle(flags, source, None if known is None else _facts(known))
     with torch.no_grad():
-        model = build_model(setup.spec, setup.dtype)
-        graph = build_step_graph(model, setup.dtype, setup.config.block_size)
+        model = setup.build_model()
+        graph = graph_of(model, setup.pooling, setup.dtype, setup.config.block_size)
         # Shapes are the same on every device, so the graphs are traced on this one; only the kernels are those of the other.
         choose = kernel_chooser(setup, families_of(setup.device))
         regions, chosen = builder.transform(graph, torch.device("cpu"), choose)

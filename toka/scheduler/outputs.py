@@ -43,7 +43,8 @@ class ScoredTokens:
 class TokenOutputs:
     """The tokens of one committed step, one entry each, as StepOutputs packs them; see there.
 
-    request_ids int64, token_ids int32, finish uint8 (FinishReason), cached int32; all [D], to be read only.
+    request_ids int64, token_ids int32, finish uint8 (FinishReason), cached int32; all [D], to be read only. vectors float32 [D, width],
+    where the engine pools.
     """
 
     request_ids: I64
@@ -52,6 +53,7 @@ class TokenOutputs:
     cached: I32
     scores: ScoredTokens | None = None
     prompt_scores: ScoredTokens | None = None
+    vectors: F32 | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -70,6 +72,7 @@ class TokenOutputs:
             stats=stats,
             scores=None if self.scores is None else self.scores.pack(),
             prompt_scores=None if self.prompt_scores is None else self.prompt_scores.pack(),
+            vectors=b"" if self.vectors is None else self.vectors.tobytes(),
         )
 
 

@@ -16,6 +16,7 @@ from toka.errors import CapacityError, TokaError
 from toka.messages import FinishReason, TokenLogprob
 from toka.metrics import Metrics
 from toka.params import SamplingParams
+from toka.pooling import F32
 from toka.text.generated_text import GeneratedText
 from toka.text.held_scores import HeldScores, ScoredToken
 from toka.text.tokenizer import Tokenizer
@@ -42,7 +43,9 @@ class DeadlineError(TokaError):
 
 
 class Sample:
-    """One choice of a request, from the first token to the last. scores: its tokens that appear, where logprobs are asked for."""
+    """One choice of a request, from the first token to the last. scores: its tokens that appear, where logprobs are asked for.
+    vector: its prompt's, where the engine pools; then there is no token.
+    """
 
     __slots__ = (
         "_generated",
@@ -54,6 +57,7 @@ class Sample:
         "index",
         "num_cached_tokens",
         "scores",
+        "vector",
     )
 
     def __init__(self, generation: Generation, index: int, sampling: SamplingParams, tokenizer: Tokenizer):
@@ -64,6 +68,7 @@ class Sample:
         self._token_bytes = tokenizer.token_bytes
         self._held_scores = None if sampling.logprobs is None else HeldScores()
         self.scores: list[ScoredToken] = []
+        self.vector: F32 | None = None
         self.index = index
         self.num_cached_tokens = 0
 

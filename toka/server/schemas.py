@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from toka.server.pooling_schemas import EmbeddingRequest, RerankRequest, ScoreRequest
+
 # ------------------------------------------------------------------------------------------------------------- requests
 
 
@@ -192,6 +194,9 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     },
     TokenizeRequest: {"continue_final_message": (False,), "chat_template": (), "tools": ([],)},
     DetokenizeRequest: {},
+    EmbeddingRequest: {"metadata": ({},)},
+    ScoreRequest: {},
+    RerankRequest: {"rank_fields": ([],), "max_tokens_per_doc": (), "max_chunks_per_doc": ()},
 }
 
 # -------------------------------------------------------------------------------------------------------------- replies

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,18 +67,20 @@ class Pooling(msgspec.Struct, frozen=True, kw_only=True):
     def score(self, vector: F32) -> float:
         """What the head says of a pair."""
         value = float(vector[0])
-        return 1.0 / (1.0 + float(np.exp(-value))) if self.applies_sigmoid else value
+        if not self.applies_sigmoid:
+            return value
+        shrunk = math.exp(-abs(value))  # which cannot overflow
+        return (1.0 if value >= 0 else shrunk) / (1.0 + shrunk)
 
     def check_dimensions(self, dimensions: int) -> None:
         """Raise RequestError unless a vector can be cut to so many numbers."""
         if not 1 <= dimensions <= self.width:
             raise RequestError(f"dimensions must be between 1 and {self.width}, got {dimensions}.", "dimensions")
 
-    def second_text_ids(self, token_ids: npt.NDArray[np.int32], token_types: npt.NDArray[np.int32]) -> list[int]:
+    def pair_ids(self, token_ids: Sequence[int], token_types: Sequence[int]) -> list[int]:
         """A pair's token ids as prompts carry them; token_types: 1 for tokens of the second text."""
         offset = self.vocab_size if self.num_token_types > 1 else 0
-        ids: list[int] = (token_ids + offset * token_types).tolist()
-        return ids
+        return [token_id + offset * kind for token_id, kind in zip(token_ids, token_types, strict=True)]
 
 
 def cosine(one: F32, other: F32) -> float:

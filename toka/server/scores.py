@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from toka.errors import RequestError
@@ -131,7 +130,7 @@ async def _joined(
 
     def work() -> list[list[int]]:
         encoded = [tokenizer.encode_pair(*pair, limit) for pair in zip(firsts, seconds, strict=True)]
-        return [pooled.pooling.second_text_ids(*(np.array(column, np.int32) for column in pair)) for pair in encoded]
+        return [pooled.pooling.pair_ids(*pair) for pair in encoded]
 
     return await tokenized(work, [*firsts, *seconds])
 

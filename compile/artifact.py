@@ -22,13 +22,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from toka.compile.region_graph import Recipe
 from toka.errors import ConfigError
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _MANIFEST = "manifest.json"
 
 Identity = Mapping[str, str]
@@ -215,13 +216,17 @@ def _manifest_from_json(text: str) -> Manifest:
         RegionEntry(
             region["name"],
             region["file"],
-            tuple(Recipe(tuple(recipe["sources"]), recipe["packing"]) for recipe in region["recipes"]),
+            tuple(_recipe_from_json(recipe) for recipe in region["recipes"]),
             region["seconds"],
         )
         for region in data["regions"]
     )
     kernels = tuple(KernelEntry(**kernel) for kernel in data["kernels"])
     return Manifest(data["identity"], data["made_with"], regions, kernels, tuple(data["libraries"]), data["files"])
+
+
+def _recipe_from_json(data: dict[str, Any]) -> Recipe:
+    return Recipe(tuple(map(tuple, data["operands"])), data["packing"], tuple(data["constants"]))
 
 
 def _digest(path: Path) -> str:

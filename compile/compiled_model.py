@@ -80,10 +80,7 @@ class CompiledModel:
         """The recipes of a call's parameters, in the model's names."""
         [region] = [region for region in self.graph.regions if region.name == call.region]
         names = dict(zip(region.parameter_names(), call.parameters, strict=True))
-        return [
-            Recipe(tuple(names[source] for source in recipe.sources), recipe.packing)
-            for recipe in self._regions[call.region].recipes
-        ]
+        return [recipe.renamed(names) for recipe in self._regions[call.region].recipes]
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -169,13 +166,16 @@ def make_parameters(recipes: Sequence[Recipe], loaded: dict[str, torch.Tensor]) 
 
 
 def _make(recipe: Recipe, loaded: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    parts = [loaded[source] for source in recipe.sources]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    operands = [_joined([loaded[source] for source in operand]) for operand in recipe.operands]
     if recipe.packing is None:
-        return joined
+        return operands[0]
     namespace, name = recipe.packing.split("::")
-    packed: torch.Tensor = getattr(getattr(torch.ops, namespace), name)(joined)
+    packed: torch.Tensor = getattr(getattr(torch.ops, namespace), name)(*recipe.constants, *operands)
     return packed
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 # -------------------------------------------------------------------------------------------------------- late compiles

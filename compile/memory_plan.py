@@ -187,8 +187,7 @@ def parameter_bytes(graph: StepGraph, transformed: Sequence[RegionGraph]) -> int
         names = dict(zip(regions[call.region].parameter_names(), call.parameters, strict=True))
         region = by_name[call.region]
         for recipe, node in zip(region.recipes, region.placeholders, strict=False):
-            own = Recipe(tuple(names[source] for source in recipe.sources), recipe.packing)
-            sizes[own] = node.meta["val"].numel() * node.meta["val"].element_size()
+            sizes[recipe.renamed(names)] = node.meta["val"].numel() * node.meta["val"].element_size()
     return sum(sizes.values())
 
 

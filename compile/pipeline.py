@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from toka.compile import graph_spec
-from toka.compile.passes import canonicalise, fuse_rope_write, merge_linears, select_kernels, select_rows
+from toka.compile.passes import canonicalise, fuse_products, fuse_rope_write, merge_linears, select_kernels, select_rows
 from toka.compile.passes.select_kernels import ChosenKernel, KernelChooser
 from toka.compile.region_graph import RegionGraph
 
@@ -42,13 +42,15 @@ PASSES: tuple[Pass, ...] = (
     # dead nodes, no-op casts and slices, and checks that tracing left go: a plain graph for those after
     Pass("canonicalise", 2, canonicalise.run, tolerance=0.0),
     # rows that need no logits stop after the last layer's KV write
-    Pass("select_rows", 1, select_rows.run, tolerance=1e-5),
+    Pass("select_rows", 2, select_rows.run, tolerance=1e-5),
     # products of one input become one product: q/k/v, gate/up
-    Pass("merge_linears", 1, merge_linears.run, tolerance=1e-5),
+    Pass("merge_linears", 2, merge_linears.run, tolerance=1e-5),
     # turning queries and keys and writing the cache become one operator
     Pass("fuse_rope_write", 1, fuse_rope_write.run, tolerance=1e-6),
     # toka.* and products become the best kernel for this device
-    Pass("select_kernels", 2, select_kernels.run, tolerance=1e-4),
+    Pass("select_kernels", 3, select_kernels.run, tolerance=1e-4),
+    # norms, gates and residuals become part of the products beside them
+    Pass("fuse_products", 1, fuse_products.run, tolerance=1e-5),
 )
 
 

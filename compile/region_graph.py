@@ -16,17 +16,33 @@ from toka.placement import AxisPlacements
 class Recipe:
     """How one parameter of the compiled code is made, once, from parameters of the model.
 
-    sources: names of the region's parameters; more than one are concatenated along dim 0. packing: the operator that lays the result
-    out anew ("toka_cpp::pack_linear"), or None.
+    operands: each a tuple of names of the region's parameters, concatenated along dim 0. packing: the operator that makes the result of
+    the constants and the operands, in this order ("toka_cpp::pack_linear"); None: there is one operand, and it is the result.
     """
 
-    sources: tuple[str, ...]
+    operands: tuple[tuple[str, ...], ...]
     packing: str | None = None
+    constants: tuple[int, ...] = ()
+
+    @staticmethod
+    def joined(*sources: str) -> Recipe:
+        """The parameters of these names, concatenated."""
+        return Recipe((sources,))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All names, operand by operand."""
+        return tuple(name for operand in self.operands for name in operand)
 
     @property
     def is_as_loaded(self) -> bool:
         """Whether the parameter is the model's own tensor."""
         return len(self.sources) == 1 and self.packing is None
+
+    def renamed(self, names: Mapping[str, str]) -> Recipe:
+        """The same of other parameters; names: from ours to theirs."""
+        operands = tuple(tuple(names[name] for name in operand) for operand in self.operands)
+        return Recipe(operands, self.packing, self.constants)
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,8 @@ class RegionGraph:
         """The graph for people and diffs: one line a node, with dtype and shape."""
         lines = [f"region {self.name}"]
         for node, recipe in zip(self.placeholders, self.recipes, strict=False):
-            made = " ++ ".join(recipe.sources) + (f" | {recipe.packing}" if recipe.packing else "")
+            made = ", ".join(" ++ ".join(operand) for operand in recipe.operands)
+            made += f" | {recipe.packing}{list(recipe.constants) or ''}" if recipe.packing else ""
             lines.append(f"  parameter {node.name}: {_type_of(node)} = {made}")
         for node, name in zip(self.placeholders[len(self.recipes) :], self.inputs, strict=True):
             lines.append(f"  input {node.name}: {_type_of(node)} = {name}")

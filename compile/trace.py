@@ -66,7 +66,7 @@ def _flatten(region: Region, program: ExportedProgram) -> RegionGraph:
     graph = RegionGraph(
         name=region.name,
         module=program.graph_module,
-        recipes=[Recipe((name,)) for name in region.parameter_names()],
+        recipes=[Recipe.joined(name) for name in region.parameter_names()],
         inputs=inputs,
         placements=region.placements or {name: {} for name in region.parameter_names()},
         selection=region.selection,

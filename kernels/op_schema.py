@@ -34,7 +34,17 @@ rope_write_kv: turns queries and keys by their tokens' angles (rotate-half, as m
 linear: x_NI · weight_OIᵀ + bias_O → [N, O]; sums in float32, in an order that does not depend on N.
 pack_linear: weight_OI [O, I] → the same numbers as panels of PANEL_WIDTH output features, [ceil(O / PANEL_WIDTH), I, PANEL_WIDTH], zeros
     beyond O: panel[p, i, l] = weight[p * PANEL_WIDTH + l, i]. Runs once, when weights are loaded.
-linear_packed: `linear` over packed panels; out_features = O. embedding_packed: rows ids_N of the weight that was packed → [N, I].
+linear_packed: `linear` over packed panels; out_features = O. What stands before and behind may be given too: with norm_weight_I x is
+    normed first, x / sqrt(mean(x²) + norm_eps) * norm_weight; if gated, x is [N, 2 I] and silu(x[:, :I]) * x[:, I:] is multiplied;
+    residual_NO is added in the end. embedding_packed: rows ids_N of the weight that was packed → [N, I].
+linear_quantised: x_NI · weightᵀ + bias_O → [N, O] over a weight of integer codes of `bits` 4 or 8: codes uint8 [O, I * bits / 8], of 4
+    bits the even in feature in the low half; scales_OG and minimums_OG for each of G groups of neighbouring in features, float16, or
+    float32 if G = 1: weight[o, i] = scale[o, g] * code[o, i] + minimum[o, g]. Without minimums the codes are symmetric:
+    minimum = -2^(bits - 1) * scale. int8_activations: x is rounded first, each row and group to 255 steps between minus and plus its
+    largest magnitude.
+embedding_quantised: rows ids_N of such a weight, in dtype.
+pack_quantised: such a weight as panels uint8 [ceil(O / PANEL_WIDTH), bytes of a panel], laid out as kernels/cpp/quantised.h says.
+linear_quantised_packed, embedding_quantised_packed: the same over panels.
 merge_attention: attention over several disjoint sets of keys, joined (log-sum-exp): output_STHD float32 and lse_STH float32 (natural
     logarithm of the sum of exponentials, -inf = no key) of S parts → output [T, H, D] float32, lse [T, H] float32.
 sparse_logits: dot products of each hidden state with K rows of the head only: hidden_NC, weight_VC, ids_NK int32 → float32 [N, K];
@@ -47,6 +57,9 @@ from toka.plan import MAX_SHARED_LEVELS as MAX_SHARED_LEVELS
 from toka.plan import SHARED_PREFIX_STEP as SHARED_PREFIX_STEP
 
 PANEL_WIDTH = 32
+QUAD = 4  # in features that lie side by side in a quantised panel
+
+_FUSIONS = "Tensor? norm_weight_I=None, float norm_eps=0.0, bool gated=False, Tensor? residual_NO=None"
 
 SCHEMAS: dict[str, str] = {
     "write_kv": (
@@ -74,8 +87,22 @@ SCHEMAS: dict[str, str] = {
     ),
     "linear": "(Tensor x_NI, Tensor weight_OI, Tensor? bias_O) -> Tensor",
     "pack_linear": "(Tensor weight_OI) -> Tensor",
-    "linear_packed": "(Tensor x_NI, Tensor panels_PIL, Tensor? bias_O, int out_features) -> Tensor",
+    "linear_packed": f"(Tensor x_NI, Tensor panels_PIL, Tensor? bias_O, int out_features, {_FUSIONS}) -> Tensor",
     "embedding_packed": "(Tensor ids_N, Tensor panels_PIL) -> Tensor",
+    "linear_quantised": (
+        "(Tensor x_NI, Tensor codes, Tensor scales_OG, Tensor? minimums_OG, Tensor? bias_O, int bits, bool int8_activations) -> Tensor"
+    ),
+    "embedding_quantised": (
+        "(Tensor ids_N, Tensor codes, Tensor scales_OG, Tensor? minimums_OG, int bits, ScalarType dtype) -> Tensor"
+    ),
+    "pack_quantised": "(int bits, Tensor codes, Tensor scales_OG, Tensor? minimums_OG=None) -> Tensor",
+    "linear_quantised_packed": (
+        "(Tensor x_NI, Tensor panels, Tensor? bias_O, int out_features, int bits, int num_groups, bool has_minimums, "
+        f"bool int8_activations, {_FUSIONS}) -> Tensor"
+    ),
+    "embedding_quantised_packed": (
+        "(Tensor ids_N, Tensor panels, int in_features, int bits, int num_groups, bool has_minimums, ScalarType dtype) -> Tensor"
+    ),
     "merge_attention": "(Tensor output_STHD, Tensor lse_STH) -> (Tensor, Tensor)",
     "sparse_logits": "(Tensor hidden_NC, Tensor weight_VC, Tensor ids_NK) -> Tensor",
 }

@@ -16,6 +16,14 @@ from torch import Tensor
 from toka.kernels.op_schema import PANEL_WIDTH, SCHEMAS
 from toka.kernels.reference.encoder_attention import encoder_attention
 from toka.kernels.reference.linear import embedding_packed, linear, linear_packed, pack_linear, sparse_logits
+from toka.kernels.reference.linear_quantised import (
+    embedding_quantised,
+    embedding_quantised_packed,
+    group_num_bytes,
+    linear_quantised,
+    linear_quantised_packed,
+    pack_quantised,
+)
 from toka.kernels.reference.merge_attention import merge_attention
 from toka.kernels.reference.paged_attention import paged_attention
 from toka.kernels.reference.rope_write_kv import rope_write_kv
@@ -72,12 +80,36 @@ def _fake_pack_linear(weight_OI: Tensor) -> Tensor:
     return weight_OI.new_empty((-(-weight_OI.shape[0] // PANEL_WIDTH), weight_OI.shape[1], PANEL_WIDTH))
 
 
-def _fake_linear_packed(x_NI: Tensor, panels_PIL: Tensor, bias_O: Tensor | None, out_features: int) -> Tensor:
+def _fake_linear_packed(
+    x_NI: Tensor, panels: Tensor, bias_O: Tensor | None, out_features: int, *_: object, **__: object
+) -> Tensor:
     return x_NI.new_empty((x_NI.shape[0], out_features))
 
 
 def _fake_embedding_packed(ids_N: Tensor, panels_PIL: Tensor) -> Tensor:
     return panels_PIL.new_empty((ids_N.shape[0], panels_PIL.shape[1]))
+
+
+def _fake_linear_quantised(x_NI: Tensor, codes: Tensor, *_: object) -> Tensor:
+    return x_NI.new_empty((x_NI.shape[0], codes.shape[0]))
+
+
+def _fake_embedding_quantised(
+    ids_N: Tensor, codes: Tensor, scales_OG: Tensor, minimums_OG: Tensor | None, bits: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty((ids_N.shape[0], codes.shape[1] * 8 // bits), dtype=dtype)
+
+
+def _fake_pack_quantised(bits: int, codes: Tensor, scales_OG: Tensor, minimums_OG: Tensor | None = None) -> Tensor:
+    out_features, num_groups = scales_OG.shape
+    group_bytes = group_num_bytes(codes.shape[1] * 8 // bits, num_groups, bits, minimums_OG is not None)
+    return codes.new_empty((-(-out_features // PANEL_WIDTH), num_groups * group_bytes))
+
+
+def _fake_embedding_quantised_packed(
+    ids_N: Tensor, panels: Tensor, in_features: int, bits: int, num_groups: int, has_minimums: bool, dtype: torch.dtype
+) -> Tensor:
+    return panels.new_empty((ids_N.shape[0], in_features), dtype=dtype)
 
 
 def _fake_merge_attention(output_STHD: Tensor, lse_STH: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +132,11 @@ _REFERENCES: dict[str, Callable[..., object]] = {
     "pack_linear": pack_linear,
     "linear_packed": linear_packed,
     "embedding_packed": embedding_packed,
+    "linear_quantised": linear_quantised,
+    "embedding_quantised": embedding_quantised,
+    "pack_quantised": pack_quantised,
+    "linear_quantised_packed": linear_quantised_packed,
+    "embedding_quantised_packed": embedding_quantised_packed,
     "merge_attention": merge_attention,
     "sparse_logits": sparse_logits,
 }
@@ -115,6 +152,11 @@ _FAKES: dict[str, Callable[..., object]] = {
     "pack_linear": _fake_pack_linear,
     "linear_packed": _fake_linear_packed,
     "embedding_packed": _fake_embedding_packed,
+    "linear_quantised": _fake_linear_quantised,
+    "embedding_quantised": _fake_embedding_quantised,
+    "pack_quantised": _fake_pack_quantised,
+    "linear_quantised_packed": _fake_linear_packed,
+    "embedding_quantised_packed": _fake_embedding_quantised_packed,
     "merge_attention": _fake_merge_attention,
     "sparse_logits": _fake_sparse_logits,
 }

@@ -122,6 +122,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             ("token_logprobs", "", ""),
             ("linear", "linear_packed", "toka_cpp::pack_linear"),
             ("embedding", "embedding_packed", "toka_cpp::pack_linear"),
+            ("linear_quantised", "linear_quantised_packed", "toka_cpp::pack_quantised"),
+            ("embedding_quantised", "embedding_quantised_packed", "toka_cpp::pack_quantised"),
         )
     ),
     Implementation(
@@ -143,6 +145,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             *("encoder_attention", "sum_tokens"),
         )
     ),
+    Implementation("linear_quantised", "reference", "toka", priority=0),
+    Implementation("embedding_quantised", "reference", "toka", priority=0, traits=frozenset(Trait)),
     *(
         Implementation(
             op,

@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+QUANTIZE_FORMATS = (
+    "int8_channel", "int8_channel_dynamic", "int4_group32", "int4_group128", "gguf_q4_0", "gguf_q4_1", "gguf_q8_0",
+)  # fmt: skip
+
 
 def flag(default: Any, help: str, unit: str = "", aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
     """A field of `Config`: its default, one line of help, the unit of its value, other spellings, the values allowed."""
@@ -56,6 +60,20 @@ class Config:
     )
     rope_scaling: dict[str, Any] | None = flag(
         None, "replaces the checkpoint's rope scaling, e.g. {'rope_type':'linear','factor':2.0}"
+    )
+    quantize: str = flag(
+        "auto",
+        "how weights are stored; auto: as the checkpoint stores them, none: in dtype, or a format to round them to",
+        choices=("auto", "none", *QUANTIZE_FORMATS),
+    )
+    quantize_exclude: str | None = flag(
+        None,
+        "with quantize=FORMAT: weights that stay in dtype, as patterns of Hugging Face's names: '*.down_proj.*,*.0.*'",
+    )
+    quantize_lm_head: bool = flag(False, "with quantize=FORMAT: round the embedding and the LM head too")
+    int8_activations: bool | None = flag(
+        None,
+        "round activations to int8 where quantised weights meet them; None: on CPU, if the weights' format leaves it open",
     )
     # device and layout
     device: str = flag(
@@ -250,6 +268,10 @@ class ResolvedConfig:
 
     device: Literal["cpu", "cuda"]
     dtype: Dtype
+    quantize: str
+    quantize_exclude: tuple[str, ...]
+    quantize_lm_head: bool
+    int8_activations: bool
     num_threads: int
     block_size: int
     kv_cache_num_tokens: int | None
@@ -308,6 +330,10 @@ def resolve(config: Config, hf_config: dict[str, Any], device: DeviceFacts) -> R
     return ResolvedConfig(
         device=device.kind,
         dtype=_resolve_dtype(config.dtype, hf_config, device),
+        quantize=config.quantize,
+        quantize_exclude=tuple(filter(None, (config.quantize_exclude or "").split(","))),
+        quantize_lm_head=config.quantize_lm_head,
+        int8_activations=on_cpu if config.int8_activations is None else config.int8_activations,
         num_threads=config.num_threads or device.num_cores,
         block_size=config.page_size,
         kv_cache_num_tokens=config.kv_cache_num_tokens,

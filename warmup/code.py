@@ -8,6 +8,7 @@ neither        kernels are built, every region is traced, transformed and compil
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ _SOURCE_FILES = (
     "runner/step_program.py",
     "runner/pooling_program.py",
     "weights/weight.py",
+    "weights/integer_codes.py",
     "placement.py",
     "params.py",
 )
@@ -101,7 +103,7 @@ def dump_passes(graph: StepGraph, setup: EngineSetup, directory: Path) -> None:
 def identity(model: CausalLM | Encoder, setup: EngineSetup) -> Identity:
     """All that shapes the code, field by field (see compile/artifact.py)."""
     config = setup.config
-    formats = sorted({module.format.name for module in model.modules() if isinstance(module, Weight)})
+    formats = {name: module.format for name, module in model.named_modules() if isinstance(module, Weight)}
     return {
         **artifact.environment(setup.device),
         "sources": artifact.sources_fingerprint(_sources()),
@@ -113,7 +115,8 @@ def identity(model: CausalLM | Encoder, setup: EngineSetup) -> Identity:
         "mesh": "one rank",
         "sizes": "symbolic, from 1",
         "dtype": config.dtype,
-        "formats": " ".join(formats),
+        "formats": " ".join(sorted({each.name for each in formats.values()})),
+        "format of each weight": hashlib.sha256(repr(formats).encode()).hexdigest()[:16],
         "page_size": str(config.block_size),
         "batch_invariant": str(config.batch_invariant),
         "pooling": "none" if setup.pooling is None else f"{setup.pooling.task} {setup.pooling.mode}",

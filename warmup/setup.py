@@ -22,6 +22,7 @@ from toka.pooling import Pooling, read_pooling
 from toka.runner.model_runner import RunnerSizes
 from toka.scheduler.config import SchedulerConfig
 from toka.warmup import memory
+from toka.weights.formats import FormatPlan, QuantizeFlags, plan_formats
 
 _CACHE_LINE_TOKENS = 16  # the scheduler's tables have rows of whole cache lines
 
@@ -29,19 +30,25 @@ _CACHE_LINE_TOKENS = 16  # the scheduler's tables have rows of whole cache lines
 @dataclass(frozen=True)
 class EngineSetup:
     """spec: the model's shape. config: no choice left open. limits: what the scheduler's plans keep to; its num_blocks is one
-    request of full length until the warmup has sized the KV cache. pooling: what is done with prompts; None: text is generated.
+    request of full length until the warmup has sized the KV cache. formats: how each weight is stored. pooling: what is done with prompts;
+    None: text is generated.
     """
 
     spec: ModelSpec | EncoderSpec
     config: ResolvedConfig
     limits: SchedulerConfig
+    formats: FormatPlan
     pooling: Pooling | None = None
 
     def build_model(self) -> CausalLM | Encoder:
-        """The model on the meta device, without storage."""
+        """The model on the meta device, each weight in its format."""
+        model: CausalLM | Encoder
         if isinstance(self.spec, EncoderSpec):
-            return build_encoder(self.spec, self.dtype)
-        return build_model(self.spec, self.dtype, with_head=self.pooling is None)
+            model = build_encoder(self.spec, self.dtype)
+        else:
+            model = build_model(self.spec, self.dtype, with_head=self.pooling is None)
+        self.formats.apply(model)
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -79,14 +86,21 @@ def settle(config: Config, source: ModelSource, device: DeviceFacts | None = Non
     if pooling is None:
         spec = read_spec(hf_config, config.rope_scaling)
         resolved = _resolve(config, hf_config, spec.max_context_tokens, facts)
-        return EngineSetup(spec, resolved, _limits(resolved, spec.vocab_size))
-    return _settle_pooling(config, hf_config, pooling, facts)
+        return EngineSetup(spec, resolved, _limits(resolved, spec.vocab_size), _formats(resolved, source))
+    return _settle_pooling(config, hf_config, pooling, facts, source)
 
 
 def _resolve(
     config: Config, hf_config: Mapping[str, Any], max_context_tokens: int, facts: DeviceFacts
 ) -> ResolvedConfig:
     return resolve(config, {**hf_config, "max_position_embeddings": max_context_tokens}, facts)
+
+
+def _formats(resolved: ResolvedConfig, source: ModelSource) -> FormatPlan:
+    quantize = QuantizeFlags(
+        resolved.quantize, resolved.quantize_exclude, resolved.quantize_lm_head, resolved.int8_activations
+    )
+    return plan_formats(source.path, quantize)
 
 
 def _limits(resolved: ResolvedConfig, vocab_size: int) -> SchedulerConfig:
@@ -109,25 +123,32 @@ def _limits(resolved: ResolvedConfig, vocab_size: int) -> SchedulerConfig:
 # -------------------------------------------------------------------------------------------------------------- pooling
 
 
-def _settle_pooling(config: Config, hf_config: Mapping[str, Any], pooling: Pooling, facts: DeviceFacts) -> EngineSetup:
+def _settle_pooling(
+    config: Config, hf_config: Mapping[str, Any], pooling: Pooling, facts: DeviceFacts, source: ModelSource
+) -> EngineSetup:
     """As `settle`, of an engine whose requests end with their prompts: these may fill the whole context."""
     if pooling.is_encoder:
-        return _settle_encoder(config, hf_config, pooling, facts)
+        return _settle_encoder(config, hf_config, pooling, facts, source)
     spec = read_spec(hf_config, config.rope_scaling)
     resolved = _resolve(config, hf_config, _longest_prompt(config, spec.max_context_tokens, pooling), facts)
     # The mean is over all of a prompt's tokens, cached ones too, of which there are no hidden states.
     resolved = dataclasses.replace(resolved, prefix_cache=resolved.prefix_cache and pooling.mode == "last")
     limits = _pooling_limits(resolved, spec.vocab_size, whole_prompts=False)
-    return EngineSetup(spec, resolved, limits, msgspec.structs.replace(pooling, width=spec.hidden_size))
+    pooling = msgspec.structs.replace(pooling, width=spec.hidden_size)
+    return EngineSetup(spec, resolved, limits, _formats(resolved, source), pooling)
 
 
-def _settle_encoder(config: Config, hf_config: Mapping[str, Any], pooling: Pooling, facts: DeviceFacts) -> EngineSetup:
+def _settle_encoder(
+    config: Config, hf_config: Mapping[str, Any], pooling: Pooling, facts: DeviceFacts, source: ModelSource
+) -> EngineSetup:
     """A prompt is computed in one step and leaves nothing behind: each takes one block, which stands for no memory."""
     for name in ("kv_cache_num_tokens", "kv_cache_memory_fraction", "rope_scaling"):
         if getattr(config, name) is not None:
             raise ConfigError(
                 f"{name}: an encoder has {'no rope' if name == 'rope_scaling' else 'no KV cache'}; leave it out"
             )
+    if config.quantize not in ("auto", "none"):
+        raise ConfigError(f"quantize={config.quantize}: the weights of encoders are kept in dtype; leave it out")
     spec = read_encoder_spec(hf_config, with_classifier=pooling.task == "score")
     if spec.num_labels > 1:
         raise ConfigError(
@@ -151,7 +172,7 @@ def _settle_encoder(config: Config, hf_config: Mapping[str, Any], pooling: Pooli
     pooling = msgspec.structs.replace(
         pooling, width=width, num_token_types=spec.num_token_types, vocab_size=spec.vocab_size
     )
-    return EngineSetup(spec, resolved, limits, pooling)
+    return EngineSetup(spec, resolved, limits, _formats(resolved, source), pooling)
 
 
 def _pooling_limits(resolved: ResolvedConfig, vocab_size: int, *, whole_prompts: bool) -> SchedulerConfig:

@@ -6,11 +6,13 @@ One large product beats several small ones: fewer launches and parallel regions,
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
 
+from toka.compile.products import Product, product_of
 from toka.compile.region_graph import Recipe, RegionGraph, fake_result
 
 if TYPE_CHECKING:
@@ -21,53 +23,59 @@ aten = torch.ops.aten
 
 def run(graph: RegionGraph, context: PassContext) -> RegionGraph:
     """Edit the graph in place and return it."""
-    groups: dict[tuple[Node, bool, str], list[Node]] = defaultdict(list)
+    groups: dict[Hashable, list[tuple[Node, Product]]] = defaultdict(list)
     for node in graph.module.graph.nodes:
-        if node.target is aten.linear.default and _weight_of(graph, node) is not None:
-            x = node.args[0]
-            assert isinstance(x, Node)
-            groups[x, len(node.args) > 2 and node.args[2] is not None, _placements(graph, node)].append(node)
-    for (x, has_bias, _), linears in groups.items():
-        if len(linears) > 1:
-            _merge(graph, x, linears, has_bias)
+        product = product_of(node)
+        if product is not None and _is_as_loaded(graph, product):
+            groups[_likeness(graph, product)].append((node, product))
+    for members in groups.values():
+        if len(members) > 1:
+            _merge(graph, members)
     return graph.finish()
 
 
-def _merge(graph: RegionGraph, x: Node, linears: list[Node], has_bias: bool) -> None:
-    weight = _joined(graph, [linear.args[1] for linear in linears])
-    bias = _joined(graph, [linear.args[2] for linear in linears]) if has_bias else None
-    with graph.module.graph.inserting_before(linears[0]):
-        merged = graph.call(aten.linear.default, x, weight, bias)
+def _merge(graph: RegionGraph, members: list[tuple[Node, Product]]) -> None:
+    nodes, products = zip(*members, strict=True)
+    first = products[0]
+    operands = tuple(_joined(graph, tensors) for tensors in zip(*(each.operands for each in products), strict=True))
+    bias = _joined(graph, tuple(each.bias for each in products))
+    with graph.module.graph.inserting_before(nodes[0]):
+        merged = Product(first.target, first.x, operands, bias, first.constants).insert(graph)
         start = 0
-        for linear in linears:
-            stop = start + linear.meta["val"].shape[1]
-            linear.replace_all_uses_with(graph.call(aten.slice.Tensor, merged, 1, start, stop))
+        for node, product in members:
+            stop = start + product.out_features
+            node.replace_all_uses_with(graph.call(aten.slice.Tensor, merged, 1, start, stop))
             start = stop
     _refresh(graph)
 
 
-def _joined(graph: RegionGraph, parts: list[object]) -> Node:
-    recipes = [recipe for part in parts if (recipe := graph.recipe_of(part)) is not None]
-    values = [part.meta["val"] for part in parts if isinstance(part, Node)]
-    sources = tuple(source for recipe in recipes for source in recipe.sources)
-    size = sum(value.shape[0] for value in values)
-    fake = values[0].new_empty((size, *values[0].shape[1:]))
-    return graph.new_parameter(
-        "_and_".join(part.name for part in parts if isinstance(part, Node)), Recipe(sources), fake
+def _joined(graph: RegionGraph, parts: tuple[Node | None, ...]) -> Node | None:
+    """One parameter of the parts of several weights; None if they lack that part."""
+    nodes = [part for part in parts if part is not None]
+    if not nodes:
+        return None
+    sources = [source for node in nodes if (recipe := graph.recipe_of(node)) is not None for source in recipe.sources]
+    values = [node.meta["val"] for node in nodes]
+    fake = values[0].new_empty((sum(value.shape[0] for value in values), *values[0].shape[1:]))
+    return graph.new_parameter("_and_".join(node.name for node in nodes), Recipe.joined(*sources), fake)
+
+
+def _is_as_loaded(graph: RegionGraph, product: Product) -> bool:
+    """Whether weight and bias are the model's own parameters."""
+    recipes = [graph.recipe_of(node) for node in (*product.operands, product.bias) if node is not None]
+    return all(recipe is not None and recipe.is_as_loaded for recipe in recipes)
+
+
+def _likeness(graph: RegionGraph, product: Product) -> Hashable:
+    """Equal for products that can be joined."""
+    parts = tuple(
+        None if node is None else (node.meta["val"].dtype, tuple(node.meta["val"].shape[1:]))
+        for node in product.operands
     )
-
-
-def _weight_of(graph: RegionGraph, linear: Node) -> Recipe | None:
-    """The recipe of the product's weight, if that and the bias are parameters as loaded."""
-    operands = [operand for operand in linear.args[1:] if operand is not None]
-    recipes = [graph.recipe_of(operand) for operand in operands]
-    return recipes[0] if all(recipe is not None and recipe.is_as_loaded for recipe in recipes) else None
-
-
-def _placements(graph: RegionGraph, linear: Node) -> str:
-    recipe = _weight_of(graph, linear)
+    recipe = graph.recipe_of(product.operands[0])
     assert recipe is not None
-    return repr(sorted(graph.placements[recipe.sources[0]].items()))
+    placements = repr(sorted(graph.placements[recipe.sources[0]].items()))
+    return product.x, product.target, product.constants, product.bias is not None, parts, placements
 
 
 def _refresh(graph: RegionGraph) -> None:

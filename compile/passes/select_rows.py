@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from toka.compile.products import product_of
 from toka.compile.region_graph import RegionGraph, RowSelection, fake_result
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _keeps_rows_apart(node: Node, num_rows: torch.SymInt) -> bool:
         return False
     if node.target is _ATTENTION:
         return True
-    if node.target is aten.linear.default:
+    if product_of(node) is not None:
         return all(not _has_rows(argument, num_rows) for argument in node.args[1:])
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target.__name__ == "getitem"  # type: ignore[union-attr]

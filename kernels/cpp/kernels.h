@@ -31,8 +31,18 @@ Tensor rope_write_kv(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor 
 
 Tensor pack_linear(Tensor weight_OI);
 
-Tensor linear_packed(Tensor x_NI, Tensor panels_PIL, std::optional<Tensor> bias_O, int64_t out_features);
+Tensor linear_packed(Tensor x_NI, Tensor panels_PIL, std::optional<Tensor> bias_O, int64_t out_features,
+                     std::optional<Tensor> norm_weight_I, double norm_eps, bool gated, std::optional<Tensor> residual_NO);
 
 Tensor embedding_packed(Tensor ids_N, Tensor panels_PIL);
+
+Tensor pack_quantised(int64_t bits, Tensor codes, Tensor scales_OG, std::optional<Tensor> minimums_OG);
+
+Tensor linear_quantised_packed(Tensor x_NI, Tensor panels, std::optional<Tensor> bias_O, int64_t out_features, int64_t bits,
+                               int64_t num_groups, bool has_minimums, bool int8_activations, std::optional<Tensor> norm_weight_I,
+                               double norm_eps, bool gated, std::optional<Tensor> residual_NO);
+
+Tensor embedding_quantised_packed(Tensor ids_N, Tensor panels, int64_t in_features, int64_t bits, int64_t num_groups, bool has_minimums,
+                                  torch::headeronly::ScalarType dtype);
 
 }  // namespace toka

@@ -14,4 +14,7 @@ STABLE_TORCH_LIBRARY_IMPL(toka_cpp, CPU, m) {
   m.impl("pack_linear", TORCH_BOX(&toka::pack_linear));
   m.impl("linear_packed", TORCH_BOX(&toka::linear_packed));
   m.impl("embedding_packed", TORCH_BOX(&toka::embedding_packed));
+  m.impl("pack_quantised", TORCH_BOX(&toka::pack_quantised));
+  m.impl("linear_quantised_packed", TORCH_BOX(&toka::linear_quantised_packed));
+  m.impl("embedding_quantised_packed", TORCH_BOX(&toka::embedding_quantised_packed));
 }

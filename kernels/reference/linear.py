@@ -33,9 +33,32 @@ def unpack_linear(panels_PIL: Tensor, out_features: int) -> Tensor:
     return panels_PIL.transpose(1, 2).reshape(-1, panels_PIL.shape[1])[:out_features]
 
 
-def linear_packed(x_NI: Tensor, panels_PIL: Tensor, bias_O: Tensor | None, out_features: int) -> Tensor:
-    """`linear` over a packed weight."""
-    return linear(x_NI, unpack_linear(panels_PIL, out_features), bias_O)
+def linear_packed(
+    x_NI: Tensor,
+    panels_PIL: Tensor,
+    bias_O: Tensor | None,
+    out_features: int,
+    norm_weight_I: Tensor | None = None,
+    norm_eps: float = 0.0,
+    gated: bool = False,
+    residual_NO: Tensor | None = None,
+) -> Tensor:
+    """`linear` over a packed weight, with what stands before and behind it."""
+    before_NI = before_product(x_NI, norm_weight_I, norm_eps, gated)
+    out_NO = linear(before_NI, unpack_linear(panels_PIL, out_features).float(), bias_O)
+    return (out_NO if residual_NO is None else out_NO + residual_NO.float()).to(x_NI.dtype)
+
+
+def before_product(x_NI: Tensor, norm_weight_I: Tensor | None, norm_eps: float, gated: bool) -> Tensor:
+    """The in features of a product in float32: x, normed or gated if asked."""
+    x_wide_NI = x_NI.float()
+    if norm_weight_I is not None:
+        scale_N1 = torch.rsqrt(x_wide_NI.square().mean(-1, keepdim=True) + norm_eps)
+        return x_wide_NI * scale_N1 * norm_weight_I.float()
+    if gated:
+        gate_NI, up_NI = x_wide_NI.chunk(2, -1)
+        return F.silu(gate_NI) * up_NI
+    return x_wide_NI
 
 
 def embedding_packed(ids_N: Tensor, panels_PIL: Tensor) -> Tensor:

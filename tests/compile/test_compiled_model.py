@@ -99,7 +99,7 @@ def test_binding_takes_the_tensors_over(graph: StepGraph) -> None:
 
 def test_parameters_are_joined_packed_and_shared() -> None:
     loaded = {"a": torch.ones(32, 4), "b": torch.zeros(32, 4), "c": torch.full((5, 4), 2.0), "unused": torch.ones(1)}
-    joined, packed, plain = Recipe(("a", "b")), Recipe(("c",), "toka::pack_linear"), Recipe(("c",))
+    joined, packed, plain = Recipe.joined("a", "b"), Recipe((("c",),), "toka::pack_linear"), Recipe.joined("c")
     made = make_parameters([joined, packed, plain, joined], loaded)
     torch.testing.assert_close(made[joined], torch.cat([torch.ones(32, 4), torch.zeros(32, 4)]))
     torch.testing.assert_close(made[packed], torch.ops.toka.pack_linear(torch.full((5, 4), 2.0)))

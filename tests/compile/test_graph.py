@@ -46,7 +46,7 @@ def test_sizes_stay_symbolic_down_to_one(graph: StepGraph) -> None:
 def test_placeholders_carry_the_regions_own_names(graph: StepGraph) -> None:
     traced = trace(graph.regions[0], CPU)
     assert [node.name for node in traced.placeholders] == ["weight", "x", "key_cache", "value_cache", "slots"]
-    assert traced.recipes == [Recipe(("weight",))] and traced.placements == {"weight": {}}
+    assert traced.recipes == [Recipe.joined("weight")] and traced.placements == {"weight": {}}
 
 
 def test_canonicalise_drops_what_computes_nothing() -> None:
@@ -97,7 +97,7 @@ def test_a_parameter_needs_placements_and_joined_ones_the_same(graph: StepGraph)
     with pytest.raises(InvariantError, match="parameter weight has no placements"):
         graph_spec.verify(traced, "trace")
     traced.placements = {"weight": {"tp": Shard(0)}, "other": {}}
-    traced.recipes = [Recipe(("weight", "other"))]
+    traced.recipes = [Recipe.joined("weight", "other")]
     with pytest.raises(InvariantError, match="different placements are joined: weight, other"):
         graph_spec.verify(traced, "trace")
 

@@ -183,7 +183,7 @@ def test_parameters_count_once_however_often_they_are_used() -> None:
     graph = StepGraph((traced,), calls, ("x",), ("x",))
     transformed = trace(traced, torch.device("cpu"))
     assert parameter_bytes(graph, [transformed]) == 2 * WIDTH * WIDTH * 4
-    packed = dataclasses.replace(transformed, recipes=[Recipe(("weight",), "toka::pack_linear")])
+    packed = dataclasses.replace(transformed, recipes=[Recipe((("weight",),), "toka::pack_linear")])
     assert parameter_bytes(graph, [packed]) == 2 * WIDTH * WIDTH * 4  # the shape is the placeholder's
 
 

@@ -18,6 +18,9 @@ from toka.compile.trace import trace
 from toka.models.registry import build_model
 from toka.models.spec import read_spec
 from toka.runner.step_program import build_step_graph
+from toka.weights.formats import FormatPlan
+from toka.weights.round_to_nearest import RoundToNearest
+from toka.weights.weight import DENSE
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS, MAX_ROWS = 8, 16, 6
@@ -32,9 +35,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 24},
 }
+# Of integer codes; float activations, since rounding them to int8 would make a step of what passes change by a rounding.
+FORMATS = {
+    "dense": DENSE,
+    "int4": RoundToNearest("int4", 4, 16, has_minimums=True, int8_activations=False),
+    "int8": RoundToNearest("int8", 8, 0, has_minimums=False, int8_activations=False),
+}
 
 
-def regions_of(family: str) -> dict[str, Region]:
+def regions_of(family: str, format: str = "dense") -> dict[str, Region]:
     fields = {
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -48,20 +57,27 @@ def regions_of(family: str) -> dict[str, Region]:
         **MODELS[family],
     }
     model = build_model(read_spec(fields, None), torch.float32)
+    FormatPlan(lambda name: FORMATS[format]).apply(model)
     return {region.name: region for region in build_step_graph(model, torch.float32, BLOCK_SIZE).regions}
 
 
 def packing_kernel(op: str, tensor: Tensor) -> ChosenKernel:
     """Reference kernels everywhere, with the weights packed as the fast ones want them."""
-    overload = {"linear": torch.ops.toka.linear_packed, "embedding": torch.ops.toka.embedding_packed}.get(op)
-    if overload is not None:
-        return ChosenKernel(op, overload.default, "test", "toka::pack_linear")
+    if op in ("linear", "embedding", "linear_quantised", "embedding_quantised"):
+        packing = "toka::pack_quantised" if op.endswith("quantised") else "toka::pack_linear"
+        return ChosenKernel(op, getattr(torch.ops.toka, f"{op}_packed").default, "test", packing)
     return ChosenKernel(op, getattr(torch.ops.toka, op).default, "test")
 
 
 def parameters_of(region: Region) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(1)
-    return {name: torch.randn(tensor.shape, generator=random) * 0.2 for name, tensor in region.parameters()}
+
+    def values(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.uint8:
+            return torch.randint(256, tensor.shape, generator=random, dtype=torch.uint8)
+        return (torch.randn(tensor.shape, generator=random) * 0.2).to(tensor.dtype)
+
+    return {name: values(tensor) for name, tensor in region.parameters()}
 
 
 def inputs_of(region: Region) -> dict[str, Tensor]:
@@ -122,10 +138,12 @@ def run(graph: RegionGraph, region: Region) -> list[Tensor]:
     return [*outputs, *written]
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    ("family", "format"), [*((each, "dense") for each in MODELS), ("qwen2", "int4"), ("llama", "int8")]
+)
 @pytest.mark.parametrize("name", ["begin", "layer_full", "last"])
-def test_each_pass_keeps_its_promise(family: str, name: str) -> None:
-    region = regions_of(family)[name]
+def test_each_pass_keeps_its_promise(family: str, format: str, name: str) -> None:
+    region = regions_of(family, format)[name]
     graph, context = trace(region, CPU), PassContext(packing_kernel)
     before = run(graph, region)
     for each in PASSES:
@@ -144,9 +162,9 @@ def count(graph: RegionGraph, name: str) -> int:
     return sum(name in str(node.target) for node in graph.module.graph.nodes)
 
 
-def transformed(family: str, name: str) -> tuple[RegionGraph, RegionGraph]:
+def transformed(family: str, name: str, format: str = "dense") -> tuple[RegionGraph, RegionGraph]:
     """Before and after all passes."""
-    traced = trace(regions_of(family)[name], CPU)
+    traced = trace(regions_of(family, format)[name], CPU)
     graph = copy.deepcopy(traced)
     context = PassContext(packing_kernel)
     for each in PASSES:
@@ -166,6 +184,24 @@ def test_a_layer_has_four_products_and_one_write(family: str) -> None:
         if sources[0].endswith("dense") and "weight" in sources[0]
     ]
     assert sorted(short) == [("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")]
+
+
+def test_products_of_codes_are_joined_and_packed_too() -> None:
+    _, after = transformed("llama", "layer_full", "int4")
+    assert count(after, "linear_quantised_packed") == 4
+    packed = [recipe for recipe in after.recipes if recipe.packing is not None]
+    assert len(packed) == 4 and all(recipe.constants == (4,) for recipe in packed)
+    widths = sorted(tuple(map(len, recipe.operands)) for recipe in packed)  # codes, scales, minimums of so many weights
+    assert widths == [(1, 1, 1), (1, 1, 1), (2, 2, 2), (3, 3, 3)]
+
+
+@pytest.mark.parametrize("format", ["dense", "int4"])
+@pytest.mark.parametrize("family", MODELS)
+def test_nothing_stands_alone_beside_a_product(family: str, format: str) -> None:
+    """Norm, gate and residual are drawn in: what is left of a layer are its products, its rope and its attention."""
+    _, after = transformed(family, "layer_full", format)
+    head_norms = 2 if family == "qwen3" else 0  # of queries and keys, behind their product
+    assert [count(after, name) for name in ("aten.add", "aten.pow", "aten.silu")] == [head_norms, head_norms, 0]
 
 
 @pytest.mark.parametrize("family", MODELS)

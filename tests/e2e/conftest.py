@@ -71,8 +71,8 @@ def smollm2_reference(smollm2: ModelSource) -> Reference:
 
 @pytest.fixture(scope="module")
 def smollm2_llm(smollm2: ModelSource) -> Iterator[LLM]:
-    """The default model as `toka` would serve it, with a KV cache of moderate size."""
-    with LLM(str(smollm2.path), kv_cache_num_tokens=64 * 1024, quiet=True) as llm:
+    """The default model in float32, since it is compared with float32, with a KV cache of moderate size."""
+    with LLM(str(smollm2.path), quantize="none", kv_cache_num_tokens=64 * 1024, quiet=True) as llm:
         yield llm
         assert llm.stats().compiles_after_ready_total == 0
         assert llm.stats().num_free_blocks == llm.stats().num_blocks

@@ -5,8 +5,6 @@ Legend: N rows, I in features, O out features, P panels, L = PANEL_WIDTH.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,14 +21,6 @@ DTYPES = sorted(FLOATS, key=str)
 # Half a unit in the last place of the stored result, and the sums' own rounding in float32.
 RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SHAPES = [(1, 1), (33, 7), (31, 16), (96, 130), (200, 576), (40, 3000)]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Lets a test change the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -150,3 +140,36 @@ def test_what_does_not_fit_is_refused() -> None:
     for outside in (-1, 2 * PANEL_WIDTH):
         with pytest.raises(RuntimeError, match=f"id {outside} is outside of the 64 packed rows"):
             embedding_packed(torch.tensor([0, outside]), panels_PIL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 33, 300])
+@pytest.mark.parametrize("in_features", [50, 3000])
+@pytest.mark.parametrize("before", ["plain", "norm", "gate"])
+def test_what_stands_around_a_product_is_computed_with_it(
+    before: str, in_features: int, num_rows: int, dtype: torch.dtype
+) -> None:
+    x_NI, weight_OI, bias_O = inputs(num_rows, 70, in_features, dtype)
+    if before == "gate":
+        x_NI = torch.cat((x_NI, x_NI.flip(-1)), 1)
+    norm_weight_I = torch.rand(in_features).to(dtype) if before == "norm" else None
+    residual_NO = torch.randn(num_rows, 140).to(dtype)[:, 35:105]
+    panels_PIL = torch.ops.toka_cpp.pack_linear(weight_OI)
+    arguments = (x_NI, panels_PIL, bias_O, 70, norm_weight_I, 1e-5, before == "gate", residual_NO)
+    found, expected = torch.ops.toka_cpp.linear_packed(*arguments), torch.ops.toka.linear_packed(*arguments)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * 30)
+
+
+def test_fusions_that_do_not_fit_are_refused() -> None:
+    x_NI, weight_OI, _ = inputs(2, 40, 10, torch.float32)
+    panels_PIL = torch.ops.toka_cpp.pack_linear(weight_OI)
+    linear = torch.ops.toka_cpp.linear_packed
+    with pytest.raises(RuntimeError, match="the norm's weight must be"):
+        linear(x_NI, panels_PIL, None, 40, torch.ones(9), 1e-5)
+    with pytest.raises(RuntimeError, match="x is either normed or gated"):
+        linear(torch.cat((x_NI, x_NI), 1), panels_PIL, None, 40, torch.ones(10), 1e-5, True)
+    with pytest.raises(RuntimeError, match="x has 5 features, the panels have 10"):
+        linear(x_NI, panels_PIL, None, 40, None, 0.0, True)
+    with pytest.raises(RuntimeError, match="the residual must be"):
+        linear(x_NI, panels_PIL, None, 40, None, 0.0, False, torch.zeros(3, 40))

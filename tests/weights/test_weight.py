@@ -83,13 +83,13 @@ def test_a_format_may_store_a_weight_in_several_tensors_and_choose_the_op():
             for part in ("sign", "magnitude"):
                 parts[part].copy_(reader.read(f"{name}.{part}", 0, shape[0]))
 
-        def dequantise(self, parts):
+        def dequantise(self, parts, dtype):
             return parts["sign"] * parts["magnitude"]
 
         def linear(self, x_NI, parts, bias_O):
-            return nn.functional.linear(x_NI, self.dequantise(parts), bias_O)
+            return nn.functional.linear(x_NI, self.dequantise(parts, x_NI.dtype), bias_O)
 
-        def embedding(self, ids_N, parts):
+        def embedding(self, ids_N, parts, dtype):
             return parts["sign"][ids_N] * parts["magnitude"][ids_N]
 
     signed = torch.randn(8, 6)

@@ -25,8 +25,8 @@ from toka.placement import PlacementTable
 class DecoderLayer(nn.Module):
     """A pre-norm block: attention, then the MLP, each added to the residual stream.
 
-    Nothing in its graph depends on its index: layers of the same `kind` differ in their weights and caches only, so that the
-    compiler can compile one of them and share it.
+    Nothing in its graph depends on its index: layers of the same `kind` whose weights have the same formats differ in their weights and
+    caches only, so that the compiler can compile one of them and share it.
     """
 
     def __init__(self, spec: ModelSpec, sliding_window: int, dtype: torch.dtype):

@@ -26,6 +26,7 @@ from toka.models.rope import Rope
 from toka.params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from toka.placement import AxisPlacements, placements_of
 from toka.runner.kv_cache import KVCacheShape
+from toka.weights.weight import Weight
 
 # Targets of samples (StepBuffers writes them) that are no token ids.
 DRAWN_TARGET = -1  # the id that the step draws
@@ -165,11 +166,10 @@ _INT = torch.int32
 
 def regions_before_last(model: CausalLM, dtype: torch.dtype, block_size: int) -> dict[str, Region]:
     """`begin` and one region for each kind of layer that is not the last, by name."""
-    kinds: dict[str, DecoderLayer] = {}
-    for layer in list(model.layers)[:-1]:
-        assert isinstance(layer, DecoderLayer)
-        kinds.setdefault(layer.kind, layer)
-    layers = {f"layer_{kind}": _layer_region(model, layer, dtype, block_size) for kind, layer in kinds.items()}
+    layers = {
+        name: _layer_region(model, name, layer, dtype, block_size)
+        for name, layer in zip(_layer_regions(model), list(model.layers)[:-1], strict=True)
+    }
     return {"begin": _begin_region(model, block_size), **layers}
 
 
@@ -190,9 +190,25 @@ def _begin_region(model: CausalLM, block_size: int) -> Region:
     return region_of(model, "begin", Begin(model, block_size), inputs, num_outputs=4)
 
 
-def _layer_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block_size: int) -> Region:
+def _layer_regions(model: CausalLM) -> list[str]:
+    """The name of each layer's region but the last's: layers share one if nothing but their numbers tells them apart."""
+    formats_of_kind: dict[str, list[str]] = {}
+    names = []
+    for layer in model.layers[:-1]:
+        assert isinstance(layer, DecoderLayer)
+        formats = repr([(name, part.format) for name, part in layer.named_modules() if isinstance(part, Weight)])
+        seen = formats_of_kind.setdefault(layer.kind, [])
+        if formats not in seen:
+            seen.append(formats)
+        number = seen.index(formats) + 1
+        names.append(f"layer_{layer.kind}" if number == 1 else f"layer_{layer.kind}_{number}")
+    return names
+
+
+def _layer_region(model: CausalLM, name: str, layer: nn.Module, dtype: torch.dtype, block_size: int) -> Region:
+    assert isinstance(layer, DecoderLayer)
     inputs = layer_inputs(model, dtype, block_size)
-    return region_of(model, f"layer_{layer.kind}", Layer(layer), inputs, num_outputs=1)
+    return region_of(model, name, Layer(layer), inputs, num_outputs=1)
 
 
 def layer_inputs(model: CausalLM, dtype: torch.dtype, block_size: int) -> tuple[tuple[str, TensorSpec], ...]:
@@ -267,11 +283,11 @@ def calls_of(model: CausalLM, regions: dict[str, Region], outputs: tuple[str, ..
         parameters = tuple(model_name(name, layer, model) for name in region.parameter_names())
         return Call(region.name, parameters, tuple(own.get(name, name) for name, _ in region.inputs), outputs)
 
-    *layers, _ = model.layers
+    names = _layer_regions(model)
     return (
         call(regions["begin"], 0, ("hidden", "cos", "sin", "slots")),
-        *[call(regions[f"layer_{layer.kind}"], index, ("hidden",)) for index, layer in enumerate(layers)],
-        call(regions["last"], len(layers), outputs),
+        *[call(regions[name], index, ("hidden",)) for index, name in enumerate(names)],
+        call(regions["last"], len(names), outputs),
     )
 
 

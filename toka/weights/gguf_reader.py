@@ -85,11 +85,17 @@ class GgufReader:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         stored = self._stored[name]
+        return _to_tensor(self._rows(name, start, stop), stored.type).reshape(stop - start, *stored.shape[1:])
+
+    def read_blocks(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop - 1 as the file stores them: uint8 [stop - start, bytes of a row]."""
+        return torch.from_numpy(np.ascontiguousarray(self._rows(name, start, stop)))
+
+    def _rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        stored = self._stored[name]
         if self._interleaved and name.rpartition(".")[0].endswith(("self_attn.q_proj", "self_attn.k_proj")):
-            rows = self._deinterleaved(stored, start, stop)
-        else:
-            rows = self._raw_rows(stored, start, stop)
-        return _to_tensor(rows, stored.type).reshape(stop - start, *stored.shape[1:])
+            return self._deinterleaved(stored, start, stop)
+        return self._raw_rows(stored, start, stop)
 
     def _deinterleaved(self, stored: GgufTensor, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Rows start .. stop - 1 in Hugging Face's order: of each head, the even rows of the file and then the odd ones."""

@@ -90,16 +90,16 @@ class WeightFormat(Protocol):
         """Fill the parts from the checkpoint; shape is the whole weight's. Raises ConfigError if the checkpoint does not fit."""
         ...
 
-    def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weight as one tensor of its logical shape and dtype."""
+    def dequantise(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight as one tensor of its logical shape, in its logical dtype."""
         ...
 
     def linear(self, x_NI: Tensor, parts: Mapping[str, Tensor], bias_O: Tensor | None) -> Tensor:
         """x · weightᵀ + bias of a weight [O, I]; returns [N, O]."""
         ...
 
-    def embedding(self, ids_N: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """The rows `ids_N` of a weight [O, I]; returns [N, I]."""
+    def embedding(self, ids_N: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The rows `ids_N` of a weight [O, I] in its logical dtype; returns [N, I]."""
         ...
 
 
@@ -139,13 +139,13 @@ class Dense:
             chunk = reader.read(name, start, stop)
             parts["dense"][start - rows.start : stop - rows.start].copy_(chunk[(slice(None), *columns)])
 
-    def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def dequantise(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return parts["dense"]
 
     def linear(self, x_NI: Tensor, parts: Mapping[str, Tensor], bias_O: Tensor | None) -> Tensor:
         return F.linear(x_NI, parts["dense"], bias_O)
 
-    def embedding(self, ids_N: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    def embedding(self, ids_N: Tensor, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return F.embedding(ids_N, parts["dense"])
 
 
@@ -159,6 +159,13 @@ class Weight(nn.Module):
         super().__init__()
         self.shape, self.dtype, self.format = shape, dtype, format
         self._declare(shape, None)
+
+    def use_format(self, format: WeightFormat) -> None:
+        """Store it so from now on; to be called before anything is loaded. The storage stays on its device, uninitialised."""
+        device = next(self.parameters()).device
+        self._parameters.clear()
+        self.format = format
+        self._declare(self.shape, device)
 
     def _declare(self, shape: tuple[int, ...], device: torch.device | None) -> None:
         for part, (part_shape, part_dtype) in self.format.part_shapes(shape, self.dtype).items():
@@ -182,7 +189,7 @@ class Weight(nn.Module):
 
     def as_tensor(self) -> Tensor:
         """The weight as one tensor of its logical dtype."""
-        return self.format.dequantise(self.parts())
+        return self.format.dequantise(self.parts(), self.dtype)
 
     def linear(self, x_NI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x · weightᵀ + bias; [N, I] → [N, O]."""
@@ -190,7 +197,7 @@ class Weight(nn.Module):
 
     def embedding(self, ids_N: Tensor) -> Tensor:
         """Rows of the weight; [N] → [N, I]."""
-        return self.format.embedding(ids_N, self.parts())
+        return self.format.embedding(ids_N, self.parts(), self.dtype)
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.dtype}, {self.format.name}"

@@ -122,6 +122,12 @@ def test_modules_that_toka_lacks_are_refused(
         read_pooling(Config(), BERT, sentence_transformers(tmp_path, pooling, *more))
 
 
+def test_what_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
+    directory = sentence_transformers(tmp_path, {}, "Dense")
+    assert read_pooling(Config(task="generate"), QWEN, directory) is None
+    assert read_pooling(Config(), CROSS, directory).task == "score"
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     directory = sentence_transformers(tmp_path, {"pooling_mode": "mean"}, max_seq_length="long")
     with pytest.raises(ConfigError, match=r"sentence_bert_config.json: max_seq_length must be"):

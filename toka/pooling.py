@@ -97,8 +97,8 @@ def read_pooling(config: Config, hf_config: Mapping[str, Any], directory: Path |
     is_encoder = hf_config.get("model_type") in ENCODERS
     classes = hf_config.get("architectures") or []
     classifies = is_encoder and any(str(name).endswith("ForSequenceClassification") for name in classes)
-    modules = _read_modules(directory)
     task = config.task
+    modules = _read_modules(directory) if task in ("auto", "embed") and not classifies else None
     if task == "auto":
         task = "score" if classifies else "embed" if is_encoder or modules is not None else "generate"
     if task == "generate":

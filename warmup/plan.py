@@ -94,7 +94,8 @@ class MemoryPlan:
         for what, num_bytes in self.table.rows().items():
             table.add_row(what.replace("_", " "), f"{num_bytes / 2**20:,.1f}", f"{num_bytes:,}")
         console.print(table)
-        console.print(f"KV cache: {self.kv_tokens:,} tokens in {self.num_kv_blocks:,} blocks")
+        if self.table.kv_cache:
+            console.print(f"KV cache: {self.kv_tokens:,} tokens in {self.num_kv_blocks:,} blocks")
         if self.num_full_requests:
             console.print(f"holds {self.num_full_requests:,} requests of {self.max_context_tokens:,} tokens at once")
         else:
@@ -193,7 +194,8 @@ def table_bytes(sizes: RunnerSizes) -> int:
     """Size of the step's inputs and per-request tables on the device, as `ModelRunner.table_bytes`; nothing is allocated there."""
     nowhere = torch.device("meta")
     tables = sizes.tables(nowhere)
-    return sizes.buffers(tables, nowhere).num_bytes + memory.tensor_bytes(tables.values().values())
+    kept = (*tables.values().values(), *sizes.sums(nowhere).values())
+    return sizes.buffers(tables, nowhere).num_bytes + memory.tensor_bytes(kept)
 
 
 def _facts(device: KnownDevice) -> DeviceFacts:

@@ -125,7 +125,7 @@ def encoder_attention(
     if any(each.stride(2) != 1 for each in (query_THD, key_THD, value_THD)):
         raise InvariantError("encoder_attention: the numbers of one head must lie side by side")
     num_tokens, num_heads, head_dim = query_THD.shape
-    out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
+    out_THD = query_THD.new_empty(query_THD.shape)
     capability, num_rows = capability_of(query_THD.device), query_start.shape[0] - 1
     parameters = TABLE.lookup(KERNEL, capability, (head_dim, dtype_name(query_THD.dtype)))
     most_tiles = triton.cdiv(num_tokens, parameters["BLOCK_M"]) + num_rows

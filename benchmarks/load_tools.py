@@ -79,8 +79,14 @@ def run_aiperf(python: str, url: str, tokenizer: Path, num_requests: int) -> dic
             command += ["--streaming", "--tokenizer", str(tokenizer), "--concurrency", str(concurrency)]
             command += ["--request-count", str(num_requests), "--synthetic-input-tokens-mean", str(PROMPT_TOKENS)]
             command += ["--output-tokens-mean", str(OUTPUT_TOKENS), "--extra-inputs", "ignore_eos:true"]
-            command += ["--extra-inputs", f"min_tokens:{OUTPUT_TOKENS}", "--random-seed", "0", "--ui", "none"]
-            _run([*command, "--artifact-dir", directory], directory, {})
+            command += [
+                "--extra-inputs",
+                f"min_tokens:{OUTPUT_TOKENS}",
+                "--use-server-token-count",
+                "--random-seed",
+                "0",
+            ]
+            _run([*command, "--ui", "none", "--artifact-dir", directory], directory, {})
             [results] = Path(directory).rglob("profile_export_aiperf.json")
             figures[str(concurrency)] = _aiperf_figures(json.loads(results.read_text()), num_requests)
     return figures

@@ -11,7 +11,7 @@ import pytest
 
 from toka.config import Config
 from toka.errors import ConfigError, RequestError
-from toka.pooling import Pooling, cosine, read_pooling
+from toka.pooling import Pooling, cosine, read_pooling, tokens_kept
 
 BERT = {"model_type": "bert", "architectures": ["BertModel"]}
 CROSS = {"model_type": "roberta", "architectures": ["RobertaForSequenceClassification"]}
@@ -156,6 +156,13 @@ def test_scores() -> None:
     sigmoid = Pooling(task="score", mode="cls", normalize=False, is_encoder=True, width=1, applies_sigmoid=True)
     assert sigmoid.score(vector) == pytest.approx(0.1192029)
     assert sigmoid.score(np.array([-800.0], dtype=np.float32)) == 0.0
+
+
+def test_what_prompts_are_cut_to() -> None:
+    assert [tokens_kept(wanted, 8) for wanted in (None, -1, 1, 8)] == [None, 8, 1, 8]
+    for wanted in (0, -2, 9):
+        with pytest.raises(RequestError, match=f"-1 or between 1 and 8, got {wanted}"):
+            tokens_kept(wanted, 8)
 
 
 def test_cosine() -> None:

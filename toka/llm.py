@@ -15,7 +15,7 @@ from toka.errors import ConfigError
 from toka.messages import EngineStats, Submit, TokenLogprob, pack_tokens
 from toka.model_source import locate, read_hf_config
 from toka.params import SamplingParams
-from toka.pooling import F32, Pooling
+from toka.pooling import F32, Pooling, tokens_kept
 from toka.text.generated_text import GeneratedText
 from toka.text.tokenizer import Tokenizer
 
@@ -178,7 +178,7 @@ class LLM:
         pooling = self._pooling_for("embed")
         if dimensions is not None:
             pooling.check_dimensions(dimensions)
-        limit = self._max_prompt_tokens if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+        limit = tokens_kept(truncate_prompt_tokens, self._max_prompt_tokens)
         encoded = [self._encode_cut(prompt, limit) for prompt in _as_list(prompts)]
         vectors = self._pool(encoded, use_tqdm)
         return [
@@ -195,7 +195,7 @@ class LLM:
     ) -> list[float]:
         """How well the texts of each pair fit, as the model's classification head says; -1 cuts pairs to what the model holds."""
         pooling = self._pooling_for("score")
-        limit = self._max_prompt_tokens if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+        limit = tokens_kept(truncate_prompt_tokens, self._max_prompt_tokens)
         encoded = [pooling.pair_ids(*self.tokenizer.encode_pair(*pair, limit)) for pair in pairs]
         return [pooling.score(vector) for vector in self._pool(encoded, use_tqdm)]
 

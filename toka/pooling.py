@@ -83,6 +83,21 @@ class Pooling(msgspec.Struct, frozen=True, kw_only=True):
         return [token_id + offset * kind for token_id, kind in zip(token_ids, token_types, strict=True)]
 
 
+def tokens_kept(truncate_prompt_tokens: int | None, most: int) -> int | None:
+    """What prompts are cut to; None = they are not. most: tokens that the model holds, which -1 stands for.
+
+    Raises RequestError if a request asks for another number.
+    """
+    if truncate_prompt_tokens is None or 1 <= truncate_prompt_tokens <= most:
+        return truncate_prompt_tokens
+    if truncate_prompt_tokens == -1:
+        return most
+    raise RequestError(
+        f"truncate_prompt_tokens must be -1 or between 1 and {most}, got {truncate_prompt_tokens}.",
+        "truncate_prompt_tokens",
+    )
+
+
 def cosine(one: F32, other: F32) -> float:
     """Cosine of the angle between two vectors; 0 if one of them is 0."""
     lengths = float(np.linalg.norm(one) * np.linalg.norm(other))

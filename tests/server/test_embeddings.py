@@ -85,6 +85,8 @@ def test_too_long_inputs_are_cut_if_asked(embedder: RunningServer, truncate: int
     reply = embedder.post("/v1/embeddings", {"input": given, "truncate_prompt_tokens": truncate}).json()
     np.testing.assert_allclose(reply["data"][0]["embedding"], expected(prompt[:kept]), atol=1e-6)
     assert reply["usage"] == {"prompt_tokens": kept, "total_tokens": kept}
+    bare = {"input": given, "truncate_prompt_tokens": truncate, "add_special_tokens": False}
+    assert embedder.post("/v1/embeddings", bare).json()["usage"]["prompt_tokens"] == kept
 
 
 @pytest.mark.parametrize(

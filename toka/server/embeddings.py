@@ -13,7 +13,7 @@ from toka.pooling import F32
 from toka.server.body import read_body
 from toka.server.completions import prompts_of
 from toka.server.openapi import describe
-from toka.server.pooled import Pooled, longest_prompt, tokenized
+from toka.server.pooled import Pooled, tokenized
 from toka.server.pooling_schemas import Embedding, EmbeddingReply, EmbeddingRequest
 from toka.server.serving import Serving, serving_of
 
@@ -45,14 +45,15 @@ async def create_embeddings(request: Request) -> Response:
 async def _prompts(serving: Serving, pooled: Pooled, body: EmbeddingRequest) -> list[list[int]]:
     """The inputs' token ids, cut to what was asked for."""
     texts, prompts = prompts_of(body.input, "input")
-    limit = longest_prompt(body, pooled.ready)
+    limit, tokenizer = pooled.tokens_kept(body), serving.tokenizer
     if not texts:
         serving.check_prompts(prompts, "input", pooled.ready.vocab_size)
-        return prompts if limit is None else [prompt[:limit] for prompt in prompts]
-    if limit is None or not body.add_special_tokens:
-        encoded = await serving.encode(texts, "input", add_special_tokens=body.add_special_tokens)
-        return encoded if limit is None else [prompt[:limit] for prompt in encoded]
-    return await tokenized(lambda: [serving.tokenizer.encode_cut(text, limit) for text in texts], texts)
+        return [prompt[:limit] for prompt in prompts]
+    if limit is None:
+        return await serving.encode(texts, "input", add_special_tokens=body.add_special_tokens)
+    if not body.add_special_tokens:
+        return await tokenized(lambda: [tokenizer.encode(text, False)[:limit] for text in texts], texts)
+    return await tokenized(lambda: [tokenizer.encode_cut(text, limit) for text in texts], texts)
 
 
 def _encoded(vector: F32, encoding_format: str) -> list[float] | str:

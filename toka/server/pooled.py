@@ -12,9 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from toka.errors import InvariantError, RequestError
-from toka.messages import Ready
 from toka.params import SamplingParams
-from toka.pooling import F32
+from toka.pooling import F32, tokens_kept
 from toka.server.generation import Generation
 from toka.server.pooling_schemas import PoolingFields, PromptUsage
 from toka.server.serving import INLINE_CHARS, Serving
@@ -59,6 +58,11 @@ class Pooled:
             prompts, _NOTHING_DRAWN, param=param, priority=priority, start_time=start_time
         )
 
+    def tokens_kept(self, body: PoolingFields) -> int | None:
+        """What prompts are to be cut to; None = they are not. RequestError if truncate_prompt_tokens is out of range."""
+        wanted = body.truncate_prompt_tokens
+        return tokens_kept(None if wanted is UNSET else wanted, self.ready.max_request_tokens)
+
     def vectors(self, generation: Generation) -> list[F32]:
         """The finished generation's vectors, as they were pooled."""
         vectors = [sample.vector for sample in generation.samples]
@@ -74,18 +78,6 @@ class Pooled:
         """The reply, once the vectors are there; the engine stops if the client leaves before."""
         engine = self.serving.engine
         return await respond(request, generation, abort=lambda: engine.abort(generation), chunks=None, whole=reply)
-
-
-def longest_prompt(body: PoolingFields, ready: Ready) -> int | None:
-    """Tokens to cut prompts to; None = to none. RequestError if truncate_prompt_tokens is out of range."""
-    wanted, most = body.truncate_prompt_tokens, ready.max_request_tokens
-    if wanted is UNSET:
-        return None
-    if wanted != -1 and not 1 <= wanted <= most:
-        raise RequestError(
-            f"truncate_prompt_tokens must be -1 or between 1 and {most}, got {wanted}.", "truncate_prompt_tokens"
-        )
-    return most if wanted == -1 else wanted
 
 
 async def tokenized(work: Callable[[], Result], texts: Sequence[str]) -> Result:

@@ -17,7 +17,7 @@ from toka.pooling import cosine
 from toka.server.body import read_body
 from toka.server.generation import Generation
 from toka.server.openapi import describe
-from toka.server.pooled import Pooled, longest_prompt, tokenized
+from toka.server.pooled import Pooled, tokenized
 from toka.server.pooling_schemas import (
     DocumentText,
     PoolingFields,
@@ -126,7 +126,7 @@ async def _joined(
     pooled: Pooled, firsts: Sequence[str], seconds: Sequence[str], body: PoolingFields
 ) -> list[list[int]]:
     """One prompt a pair."""
-    limit, tokenizer = longest_prompt(body, pooled.ready), pooled.serving.tokenizer
+    limit, tokenizer = pooled.tokens_kept(body), pooled.serving.tokenizer
 
     def work() -> list[list[int]]:
         encoded = [tokenizer.encode_pair(*pair, limit) for pair in zip(firsts, seconds, strict=True)]
@@ -137,7 +137,7 @@ async def _joined(
 
 async def _encoded(pooled: Pooled, texts: Sequence[str], body: PoolingFields, param: str) -> list[list[int]]:
     """One prompt a text."""
-    limit, serving = longest_prompt(body, pooled.ready), pooled.serving
+    limit, serving = pooled.tokens_kept(body), pooled.serving
     if limit is None:
         return await serving.encode(texts, param, add_special_tokens=True)
     return await tokenized(lambda: [serving.tokenizer.encode_cut(text, limit) for text in texts], texts)

@@ -86,7 +86,7 @@ def settle(config: Config, source: ModelSource, device: DeviceFacts | None = Non
     if pooling is None:
         spec = read_spec(hf_config, config.rope_scaling)
         resolved = _resolve(config, hf_config, spec.max_context_tokens, facts)
-        return EngineSetup(spec, resolved, _limits(resolved, spec.vocab_size), _formats(resolved, source))
+        return EngineSetup(spec, resolved, _limits(resolved, spec.vocab_size), _formats(resolved, hf_config, source))
     return _settle_pooling(config, hf_config, pooling, facts, source)
 
 
@@ -96,11 +96,15 @@ def _resolve(
     return resolve(config, {**hf_config, "max_position_embeddings": max_context_tokens}, facts)
 
 
-def _formats(resolved: ResolvedConfig, source: ModelSource) -> FormatPlan:
+def _formats(resolved: ResolvedConfig, hf_config: Mapping[str, Any], source: ModelSource) -> FormatPlan:
     quantize = QuantizeFlags(
-        resolved.quantize, resolved.quantize_exclude, resolved.quantize_lm_head, resolved.int8_activations
+        resolved.quantize,
+        resolved.quantize_exclude,
+        resolved.quantize_lm_head,
+        resolved.int8_activations,
+        has_kernels=resolved.device == "cpu",
     )
-    return plan_formats(source.path, quantize)
+    return plan_formats(source.path, hf_config, quantize)
 
 
 def _limits(resolved: ResolvedConfig, vocab_size: int) -> SchedulerConfig:
@@ -135,7 +139,7 @@ def _settle_pooling(
     resolved = dataclasses.replace(resolved, prefix_cache=resolved.prefix_cache and pooling.mode == "last")
     limits = _pooling_limits(resolved, spec.vocab_size, whole_prompts=False)
     pooling = msgspec.structs.replace(pooling, width=spec.hidden_size)
-    return EngineSetup(spec, resolved, limits, _formats(resolved, source), pooling)
+    return EngineSetup(spec, resolved, limits, _formats(resolved, hf_config, source), pooling)
 
 
 def _settle_encoder(
@@ -172,7 +176,7 @@ def _settle_encoder(
     pooling = msgspec.structs.replace(
         pooling, width=width, num_token_types=spec.num_token_types, vocab_size=spec.vocab_size
     )
-    return EngineSetup(spec, resolved, limits, _formats(resolved, source), pooling)
+    return EngineSetup(spec, resolved, limits, _formats(resolved, hf_config, source), pooling)
 
 
 def _pooling_limits(resolved: ResolvedConfig, vocab_size: int, *, whole_prompts: bool) -> SchedulerConfig:

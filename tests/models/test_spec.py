@@ -115,7 +115,6 @@ def test_the_rope_scaling_flag_replaces_that_of_the_checkpoint_and_keeps_its_the
         ({"rope_parameters": [1]}, ["rope_parameters", "object"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "'0.5'"]),
         ({"rope_interleaved": True}, ["rope_interleaved"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "not supported"]),
         ({"hidden_size": None}, ["lacks hidden_size"]),
         ({"hidden_size": "64"}, ["hidden_size", "whole number", "'64'"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "above 0"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def loaded(weight: Weight, reader: GgufReader | SafetensorsReader, name: str, pi
 def test_gguf_blocks_are_what_the_library_says(type_name: str, write_matrix: WriteMatrix) -> None:
     path, expected = write_matrix(type_name, (96, 512))
     reader = GgufReader(path)
-    format = plan_formats(path, FLAGS).format_of(HF_NAME)
+    format = plan_formats(path, {}, FLAGS).format_of(HF_NAME)
     weight = Weight((96, 512), torch.float32, format)
     # Scales of the K types are products, which float16 rounds by a 2048th.
     rtol = 6e-4 if type_name.endswith("K") else 0
@@ -125,7 +126,7 @@ def checkpoint(directory: Path, values: Tensor) -> SafetensorsReader:
 )
 def test_rounding_is_near(name: str, max_relative_error: float, tmp_path: Path) -> None:
     values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    format = plan_formats(tmp_path, QuantizeFlags(name, (), False, True)).format_of(HF_NAME)
+    format = plan_formats(tmp_path, {}, QuantizeFlags(name, (), False, True)).format_of(HF_NAME)
     found = loaded(Weight((64, 256), torch.float32, format), checkpoint(tmp_path, values), HF_NAME)
     error = float((found - values).norm() / values.norm())
     assert error < max_relative_error
@@ -148,7 +149,7 @@ def test_clipping_helps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_on_the_grid_stays_as_it_is(write_matrix: WriteMatrix) -> None:
     path, expected = write_matrix("Q4_1", (96, 512))
-    format = plan_formats(path, QuantizeFlags("int4_group32", (), False, True)).format_of(HF_NAME)
+    format = plan_formats(path, {}, QuantizeFlags("int4_group32", (), False, True)).format_of(HF_NAME)
     found = loaded(Weight((96, 512), torch.float32, format), GgufReader(path), HF_NAME)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
@@ -157,7 +158,7 @@ def test_rows_of_equal_values_survive(tmp_path: Path) -> None:
     values = torch.zeros(4, 64)
     values[1], values[2] = 3.0, -0.5
     for name in ("int4_group32", "int8_channel", "gguf_q4_0"):
-        format = plan_formats(tmp_path, QuantizeFlags(name, (), False, True)).format_of(HF_NAME)
+        format = plan_formats(tmp_path, {}, QuantizeFlags(name, (), False, True)).format_of(HF_NAME)
         found = loaded(Weight((4, 64), torch.float32, format), checkpoint(tmp_path, values), HF_NAME)
         torch.testing.assert_close(found, values, rtol=2e-3, atol=1e-3)
 
@@ -186,7 +187,7 @@ class Model(nn.Module):
 )
 def test_which_weight_gets_which_format(flags: QuantizeFlags, proj: str, embedding: str, tmp_path: Path) -> None:
     model = Model()
-    plan_formats(tmp_path, flags).apply(model)
+    plan_formats(tmp_path, {}, flags).apply(model)
     assert (model.proj.format.name, model.embed_tokens.format.name) == (proj, embedding)
     assert model.norm.format is DENSE
 
@@ -198,19 +199,29 @@ def test_who_leaves_activations_open_asks_the_flag(tmp_path: Path) -> None:
         ("int4_group32", True, True),
         ("int4_group32", False, False),
     ):
-        format = plan_formats(tmp_path, QuantizeFlags(name, (), False, asked)).format_of(HF_NAME)
+        format = plan_formats(tmp_path, {}, QuantizeFlags(name, (), False, asked)).format_of(HF_NAME)
         assert isinstance(format, IntegerCodes) and format.int8_activations is expected
 
 
 def test_flags_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantize_exclude and quantize_lm_head"):
-        plan_formats(tmp_path, QuantizeFlags("auto", ("*",), False, True))
+        plan_formats(tmp_path, {}, QuantizeFlags("auto", ("*",), False, True))
     with pytest.raises(ConfigError, match="does not divide into groups of 128"):
         Weight((4, 64), torch.float32, RoundToNearest("int4_group128", 4, 128, True, True))
 
 
+def test_without_kernels_gguf_is_inflated_and_nothing_rounded(write_matrix: WriteMatrix, tmp_path: Path) -> None:
+    path, _ = write_matrix("Q4_1", (96, 512))
+    nowhere = dataclasses.replace(FLAGS, has_kernels=False)
+    assert plan_formats(path, {}, nowhere).format_of(HF_NAME) is DENSE
+    with pytest.raises(
+        ConfigError, match="quantize=int8_channel: this version multiplies with integer codes on the CPU only"
+    ):
+        plan_formats(tmp_path, {}, dataclasses.replace(nowhere, quantize="int8_channel"))
+
+
 def test_rounding_what_is_no_float_is_refused(tmp_path: Path) -> None:
-    format = plan_formats(tmp_path, QuantizeFlags("int8_channel", (), False, True)).format_of(HF_NAME)
+    format = plan_formats(tmp_path, {}, QuantizeFlags("int8_channel", (), False, True)).format_of(HF_NAME)
     with pytest.raises(ConfigError, match=r"quantize=int8_channel: tensor .* is stored as I8"):
         loaded(
             Weight((4, 64), torch.float32, format), checkpoint(tmp_path, torch.zeros(4, 64, dtype=torch.int8)), HF_NAME

@@ -138,8 +138,6 @@ def _model_type(fields: Fields) -> str:
 
 def _refuse(fields: Fields) -> None:
     """Fields that change the mathematics in ways that toka does not have."""
-    if fields.values.get("quantization_config") is not None:
-        fields.fail("quantization_config", "is not supported (load an unquantised checkpoint or a GGUF file)")
     if fields.values.get("rope_interleaved"):
         fields.fail("rope_interleaved", "must be false")
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from toka.errors import ConfigError
 from toka.weights.gguf_codes import gguf_codes
 from toka.weights.gguf_reader import GgufReader
+from toka.weights.inflated import Inflated
 from toka.weights.integer_codes import IntegerCodes
+from toka.weights.quantization_config import stored_format
 from toka.weights.round_to_nearest import RoundToNearest
+from toka.weights.safetensors_reader import SafetensorsReader
 from toka.weights.weight import DENSE, Weight, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeFlags:
     """What the user wants (see config.Config): quantize "auto", "none" or a format's name; exclude: patterns of names that stay in floating
-    point; lm_head: whether embedding and head are quantised too; int8_activations: for formats that leave it open."""
+    point; lm_head: whether embedding and head are quantised too; int8_activations: for formats that leave it open; has_kernels: whether
+    the device multiplies with codes; if not, those of a checkpoint are inflated."""
 
     quantize: str
     exclude: tuple[str, ...]
     lm_head: bool
     int8_activations: bool
+    has_kernels: bool = True
 
 
 class NamedWeights(Protocol):
@@ -51,22 +56,37 @@ class FormatPlan:
                 module.use_format(self.format_of(model.checkpoint_name(name)))
 
 
-def plan_formats(checkpoint: Path, flags: QuantizeFlags) -> FormatPlan:
-    """Settle the formats of a checkpoint, a GGUF file or a directory. Raises ConfigError if flag and checkpoint don't fit together."""
-    if flags.quantize == "auto":
-        return _as_stored(checkpoint, flags)
-    if flags.quantize == "none":
-        return FormatPlan(lambda name: DENSE)
+def plan_formats(checkpoint: Path, hf_config: Mapping[str, Any], flags: QuantizeFlags) -> FormatPlan:
+    """Settle the formats of a checkpoint, a GGUF file or a directory.
+
+    hf_config: what its config.json says. Raises ConfigError if flags and checkpoint don't fit together.
+    """
+    stored = hf_config.get("quantization_config")
+    if flags.quantize in ("auto", "none"):
+        return _as_stored(checkpoint, stored, flags)
+    if stored is not None:
+        raise ConfigError(
+            f"quantize={flags.quantize}: the checkpoint is quantised already ({stored.get('quant_method')}); leave the flag out"
+        )
+    if not flags.has_kernels:
+        raise ConfigError(
+            f"quantize={flags.quantize}: this version multiplies with integer codes on the CPU only; leave the flag out"
+        )
     made = _ROUNDED[flags.quantize](flags.int8_activations)
     return FormatPlan(lambda name: DENSE if _is_excluded(name, flags) else made)
 
 
-def _as_stored(checkpoint: Path, flags: QuantizeFlags) -> FormatPlan:
+def _as_stored(checkpoint: Path, stored: Mapping[str, Any] | None, flags: QuantizeFlags) -> FormatPlan:
     if flags.exclude or flags.lm_head:
         raise ConfigError(
             "quantize_exclude and quantize_lm_head: say what to quantise with quantize=FORMAT too, or leave them out"
         )
-    if checkpoint.is_dir():
+    keeps_codes = flags.quantize == "auto" and flags.has_kernels
+    if stored is not None:
+        quantised, has_codes = stored_format(stored, flags.int8_activations), _weights_with_codes(checkpoint)
+        kept = quantised if keeps_codes else Inflated(quantised)
+        return FormatPlan(lambda name: kept if has_codes(name, quantised.checkpoint_names(name)[0]) else DENSE)
+    if checkpoint.is_dir() or not keeps_codes:
         return FormatPlan(lambda name: DENSE)
     formats = {
         name: gguf_codes(entry.encoding, flags.int8_activations) or DENSE
@@ -75,11 +95,26 @@ def _as_stored(checkpoint: Path, flags: QuantizeFlags) -> FormatPlan:
     return FormatPlan(lambda name: formats.get(name, DENSE))
 
 
+def _weights_with_codes(directory: Path) -> Callable[[str, str], bool]:
+    """Tells from a weight's name, and that of the tensor its codes would be in, whether it is quantised.
+
+    The tensors that there are tell it; without any (a configuration alone) all are but embedding and head.
+    """
+    if not any(directory.glob("*.safetensors*")):
+        return lambda name, codes: not _matches(name, _EMBEDDINGS)
+    tensors = SafetensorsReader(directory).tensors
+    return lambda name, codes: codes in tensors and not tensors[codes].dtype.is_floating_point
+
+
 _EMBEDDINGS = ("*embed_tokens.weight", "lm_head.weight")
 
 
 def _is_excluded(name: str, flags: QuantizeFlags) -> bool:
     patterns = flags.exclude if flags.lm_head else (*flags.exclude, *_EMBEDDINGS)
+    return _matches(name, patterns)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -83,18 +83,26 @@ class IntegerCodes:
         piece: Piece | None,
     ) -> None:
         self.check_source(reader, name, shape)
-        rows, columns = piece.bounds(shape) if piece is not None else tuple(slice(0, length) for length in shape)
-        # A piece of a row that is one group has the whole row's scale.
-        groups = (
-            slice(columns.start // self.group_size, columns.stop // self.group_size) if self.group_size else slice(0, 1)
-        )
+        rows, columns = _bounds(shape, piece)
         for start, stop in row_chunks(rows, shape):
             coded = self.read_rows(reader, name, shape, start, stop)
-            here = slice(start - rows.start, stop - rows.start)
-            parts["codes"][here].copy_(pack_codes(coded.codes[:, columns], self.bits))
-            parts["scales"][here].copy_(coded.scales[:, groups])
-            if coded.minimums is not None:
-                parts["minimums"][here].copy_(coded.minimums[:, groups])
+            self._fill_rows(slice(start - rows.start, stop - rows.start), coded, columns, parts)
+
+    def fill(self, coded: CodedRows, shape: tuple[int, ...], parts: Mapping[str, Tensor], piece: Piece | None) -> None:
+        """Fill the parts from all rows of the weight at once."""
+        rows, columns = _bounds(shape, piece)
+        minimums = None if coded.minimums is None else coded.minimums[rows]
+        own = CodedRows(coded.codes[rows], coded.scales[rows], minimums)
+        self._fill_rows(slice(0, rows.stop - rows.start), own, columns, parts)
+
+    def _fill_rows(self, here: slice, coded: CodedRows, columns: slice, parts: Mapping[str, Tensor]) -> None:
+        groups = slice(0, 1)  # a piece of a row that is one group has the whole row's scale
+        if self.group_size:
+            groups = slice(columns.start // self.group_size, columns.stop // self.group_size)
+        parts["codes"][here].copy_(pack_codes(coded.codes[:, columns], self.bits))
+        parts["scales"][here].copy_(coded.scales[:, groups])
+        if coded.minimums is not None:
+            parts["minimums"][here].copy_(coded.minimums[:, groups])
 
     def dequantise(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return reference.dequantise(parts["codes"], parts["scales"], parts.get("minimums"), self.bits).to(dtype)
@@ -110,6 +118,12 @@ class IntegerCodes:
             ids_N, parts["codes"], parts["scales"], parts.get("minimums"), self.bits, dtype
         )
         return rows
+
+
+def _bounds(shape: tuple[int, ...], piece: Piece | None) -> tuple[slice, slice]:
+    """Rows and columns of a matrix's piece."""
+    rows, columns = piece.bounds(shape) if piece is not None else (slice(0, shape[0]), slice(0, shape[1]))
+    return rows, columns
 
 
 def pack_codes(codes_OI: Tensor, bits: int) -> Tensor:

@@ -8,7 +8,9 @@ float32 for lm-eval's `hf` backend, and toka serves that directory; with --serve
 local GSM8K files: `sentences`, multiple choice in the manner of ARC (which of four sentences goes on from this question: one of its own
 solution, or of three others'), and `gsm8k_4shot`, generation after four worked examples. lm-eval runs them through its `hf` backend and as
 a client of toka's /v1/completions, with 16 requests at once: once with token prompts, made by the tokenizer that the server offers, once
-with texts. Wanted: every log-likelihood within 1e-3, the same choices likeliest, every generated text and every score equal.
+with texts. Wanted: every log-likelihood within 1e-3, the same choices likeliest, every generated text and every score equal. That cannot be
+had with --serve-model of a GGUF file: toka computes with its integer codes, and transformers' reading of its tokenizer cuts some spaces
+otherwise than llama.cpp and toka do.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hf_checkpoint import write_hf_checkpoint
 from report import publish
 
 from toka.config import Config, hub_offline
@@ -101,19 +102,8 @@ def depth_s(source: ModelSource, num_layers: int, cache: Path) -> float:
 
 def vllm_s(python: str, source: ModelSource) -> dict[str, float]:
     """The peer's figures on the same weights."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with tempfile.TemporaryDirectory() as directory:
-        where = {"gguf_file": source.path.name} if source.kind == "gguf" else {}
-        folder = str(source.path.parent if source.kind == "gguf" else source.path)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
-        AutoTokenizer.from_pretrained(folder, **where).save_pretrained(f"{directory}/model")
-        vars(model.config).pop("quantization_config", None)  # the weights are plain by now
-        model.config.save_pretrained(f"{directory}/model")
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-        save_file(tensors, f"{directory}/model/model.safetensors", metadata={"format": "pt"})
+        write_hf_checkpoint(source, Path(directory, "model"))
         environment = os.environ | {"VLLM_CACHE_ROOT": f"{directory}/cache", "HF_HUB_OFFLINE": "1"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{directory}/inductor", "VLLM_CPU_KVCACHE_SPACE": "2"}
         seconds = []

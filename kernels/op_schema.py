@@ -16,6 +16,12 @@ paged_attention: causal attention of query_THD [T, Hq, D] over the cache; return
     rows_R) of rows with one query, which hold the same blocks for the group's positions. The groups of a place tile the positions
     [0, shared_lens[place]), level by level; shared_lens int32 [at least R]. Positions are multiples of SHARED_PREFIX_STEP and leave each
     row its own query's at least.
+encoder_attention: attention of query_THD over key_THD, value_THD [T, H, D] in which every token of a row sees all tokens of the row,
+    those behind it too, and no others; returns [T, H, D] in the query's dtype. A step holds rows whole. query_start int32 [R + 1].
+    Padded tokens get zeros.
+sum_tokens: adds the hidden states hidden_TC of each row's tokens to sums_MC[row] (float32 [max_rows, C]), one after the other, so that
+    the sum is the same to the bit however a prompt is cut. rows_R, query_start, seq_lens_R as in paged_attention; a row that begins with
+    this step (it has no more tokens than the step brings) begins with zero.
 sample: draws one token id a row from logits_RV; returns int32 [R], and sets last_token[row] of every row >= 0. Tables of
     [max_rows]: temperature, top_p, min_p float32; top_k, held_back_until, last_token int32; seed int64;
     held_back_ids int32 [max_rows, 16]. The position of the token to be drawn is seq_lens_R[i]. See reference/sample.py.
@@ -72,6 +78,12 @@ SCHEMAS: dict[str, str] = {
         "(Tensor query_THD, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor rows_R, Tensor query_start, "
         "Tensor seq_lens_R, float scale, int sliding_window, Tensor? shared_groups=None, Tensor? shared_members=None, "
         "Tensor? shared_lens=None) -> Tensor"
+    ),
+    "encoder_attention": (
+        "(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor query_start, float scale) -> Tensor"
+    ),
+    "sum_tokens": (
+        "(Tensor hidden_TC, Tensor rows_R, Tensor query_start, Tensor seq_lens_R, Tensor(a!) sums_MC) -> ()"
     ),
     "sample": (
         "(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "

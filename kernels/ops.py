@@ -15,6 +15,7 @@ from torch import Tensor
 
 from toka.kernels.op_schema import PANEL_WIDTH, SCHEMAS
 from toka.kernels.reference.adjust_logits import adjust_logits
+from toka.kernels.reference.encoder_attention import encoder_attention
 from toka.kernels.reference.linear import embedding_packed, linear, linear_packed, pack_linear, sparse_logits
 from toka.kernels.reference.linear_quantised import (
     embedding_quantised,
@@ -28,6 +29,7 @@ from toka.kernels.reference.merge_attention import merge_attention
 from toka.kernels.reference.paged_attention import paged_attention
 from toka.kernels.reference.rope_write_kv import rope_write_kv
 from toka.kernels.reference.sample import sample
+from toka.kernels.reference.sum_tokens import sum_tokens
 from toka.kernels.reference.token_logprobs import token_logprobs
 from toka.kernels.reference.write_kv import write_kv
 
@@ -41,6 +43,16 @@ def _fake_write_kv(key_THD: Tensor, value_THD: Tensor, key_cache: Tensor, value_
 
 def _fake_paged_attention(query_THD: Tensor, *_: object) -> Tensor:
     return query_THD.new_empty(query_THD.shape)
+
+
+def _fake_encoder_attention(query_THD: Tensor, *_: object) -> Tensor:
+    return query_THD.new_empty(query_THD.shape)
+
+
+def _fake_sum_tokens(
+    hidden_TC: Tensor, rows_R: Tensor, query_start: Tensor, seq_lens_R: Tensor, sums_MC: Tensor
+) -> None:
+    return None
 
 
 def _fake_sample(logits_RV: Tensor, rows_R: Tensor, *_: object) -> Tensor:
@@ -116,6 +128,8 @@ def _fake_sparse_logits(hidden_NC: Tensor, weight_VC: Tensor, ids_NK: Tensor) ->
 _REFERENCES: dict[str, Callable[..., object]] = {
     "write_kv": write_kv,
     "paged_attention": paged_attention,
+    "encoder_attention": encoder_attention,
+    "sum_tokens": sum_tokens,
     "sample": sample,
     "adjust_logits": adjust_logits,
     "token_logprobs": token_logprobs,
@@ -135,6 +149,8 @@ _REFERENCES: dict[str, Callable[..., object]] = {
 _FAKES: dict[str, Callable[..., object]] = {
     "write_kv": _fake_write_kv,
     "paged_attention": _fake_paged_attention,
+    "encoder_attention": _fake_encoder_attention,
+    "sum_tokens": _fake_sum_tokens,
     "sample": _fake_sample,
     "adjust_logits": _fake_adjust_logits,
     "token_logprobs": _fake_token_logprobs,

@@ -96,6 +96,15 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         max_head_dim=256,
         traits=frozenset(Trait),
     ),
+    Implementation(
+        "encoder_attention",
+        "cpp",
+        "toka_cpp",
+        priority=10,
+        devices=frozenset({"cpu"}),
+        max_head_dim=256,
+        traits=frozenset(Trait),
+    ),
     *(
         Implementation(
             op,
@@ -110,6 +119,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         for op, name, packing in (
             ("sample", "", ""),
             ("adjust_logits", "", ""),
+            ("sum_tokens", "", ""),
             ("token_logprobs", "", ""),
             ("linear", "linear_packed", "toka_cpp::pack_linear"),
             ("embedding", "embedding_packed", "toka_cpp::pack_linear"),
@@ -131,7 +141,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("embedding", "torch", "aten", priority=5, traits=frozenset(Trait)),
     *(
         Implementation(op, "reference", "toka", priority=0, traits=frozenset(Trait))
-        for op in ("rope_write_kv", "linear", "merge_attention", "sparse_logits", "adjust_logits", "token_logprobs")
+        for op in (
+            *("rope_write_kv", "linear", "merge_attention", "sparse_logits", "adjust_logits", "token_logprobs"),
+            *("encoder_attention", "sum_tokens"),
+        )
     ),
     Implementation("linear_quantised", "reference", "toka", priority=0),
     Implementation("embedding_quantised", "reference", "toka", priority=0, traits=frozenset(Trait)),
@@ -151,6 +164,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
             ("write_kv", 10, FLOATS, 1, frozenset(Trait)),
             ("rope_write_kv", 10, FLOATS, 2, frozenset(Trait)),
             ("paged_attention", 10, FLOATS, 1, frozenset({Trait.BATCH_INVARIANT})),
+            ("encoder_attention", 10, FLOATS, 1, frozenset(Trait)),
+            ("sum_tokens", 10, FLOATS, 1, frozenset(Trait)),
             ("merge_attention", 10, frozenset({torch.float32}), 1, frozenset(Trait)),
             ("sample", 10, FLOATS, 1, frozenset(Trait)),
             ("adjust_logits", 10, FLOATS, 1, frozenset(Trait)),

@@ -44,6 +44,17 @@ class Config:
         None, "directory, tokenizer.json or FILE.gguf to take the tokenizer from; None: from the model"
     )
     served_model_name: str | None = flag(None, "name clients may use besides `default`; None: the model's own id")
+    task: str = flag(
+        "auto",
+        "what the engine does; embed and score serve /v1/embeddings, /v1/score and /v1/rerank; auto: as the checkpoint says",
+        choices=("auto", "generate", "embed", "score"),
+    )
+    pooling: str = flag(
+        "auto",
+        "with task=embed: whose hidden states make the vector; auto: as sentence-transformers' files say, else last of decoders, "
+        "mean of encoders",
+        choices=("auto", "last", "mean", "cls"),
+    )
     trust_remote_code: bool = flag(False, "only F is accepted: toka never runs code that comes with a checkpoint")
     dtype: str = flag(
         "auto", "type of weights, activations and KV cache", choices=("auto", "float32", "bfloat16", "float16")

@@ -15,6 +15,7 @@ from toka.errors import ConfigError
 from toka.messages import EngineStats, Submit, TokenLogprob, pack_tokens
 from toka.model_source import locate, read_hf_config
 from toka.params import SamplingParams
+from toka.pooling import F32, Pooling, tokens_kept
 from toka.text.generated_text import GeneratedText
 from toka.text.tokenizer import Tokenizer
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from toka.scheduler.outputs import TokenOutputs
 
 Prompt = str | Sequence[int]
+
+_NOTHING_DRAWN = SamplingParams(max_tokens=0)
 
 _SERVER_FLAGS = {
     "served_model_name",
@@ -66,6 +69,14 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
+@dataclasses.dataclass
+class EmbeddingOutput:
+    """One prompt's vector: float32 [width], brought to length 1 if the model is made for that or the caller asked."""
+
+    prompt_token_ids: list[int]
+    embedding: F32
+
+
 class LLM:
     """A model, loaded, compiled and warm. Not thread-safe. Flags are those of `toka key=value`, as keyword arguments, but for the server's.
     Make it before anything imports torch, or set OMP_NUM_THREADS and GOMP_SPINCOUNT yourself: torch reads them once.
@@ -85,7 +96,8 @@ class LLM:
         from toka.engine.build import build_engine  # imports torch, which reads the environment set above
 
         source = locate(config.model, config.tokenizer, cache, offline=hub_offline())
-        self._engine, _ = build_engine(config, source, quiet=quiet)
+        self._engine, ready = build_engine(config, source, quiet=quiet)
+        self._pooling, self._max_prompt_tokens = ready.pooling, ready.max_request_tokens
         self.tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
         self.model_name = source.name
         self._request_ids = itertools.count(1)
@@ -116,6 +128,8 @@ class LLM:
 
         params: one for all, or one each. Raises RequestError for a prompt or setting that cannot be; then nothing runs on.
         """
+        if self._pooling is not None:
+            raise ConfigError(f"{self.model_name} generates no text here; use embed() or score()")
         all_prompts = _as_list(prompts)
         all_params = (
             [params or SamplingParams()] * len(all_prompts) if not isinstance(params, Sequence) else list(params)
@@ -148,6 +162,83 @@ class LLM:
         return self.generate(
             [self.tokenizer.encode(text, add_special_tokens=False) for text in texts], params, use_tqdm=use_tqdm
         )
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """A vector for each prompt (text, or token ids), in their order.
+
+        dimensions: keep so many numbers of each. normalize: bring vectors to length 1; None: as the model wants it. truncate_prompt_tokens:
+        cut prompts at their end to so many tokens, -1 = to what the model holds. Raises ConfigError unless the model embeds, RequestError
+        for a prompt that is too long.
+        """
+        pooling = self._pooling_for("embed")
+        if dimensions is not None:
+            pooling.check_dimensions(dimensions)
+        limit = tokens_kept(truncate_prompt_tokens, self._max_prompt_tokens)
+        encoded = [self._encode_cut(prompt, limit) for prompt in _as_list(prompts)]
+        vectors = self._pool(encoded, use_tqdm)
+        return [
+            EmbeddingOutput(prompt, pooling.finish(vector, dimensions, normalize))
+            for prompt, vector in zip(encoded, vectors, strict=True)
+        ]
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[float]:
+        """How well the texts of each pair fit, as the model's classification head says; -1 cuts pairs to what the model holds."""
+        pooling = self._pooling_for("score")
+        limit = tokens_kept(truncate_prompt_tokens, self._max_prompt_tokens)
+        encoded = [pooling.pair_ids(*self.tokenizer.encode_pair(*pair, limit)) for pair in pairs]
+        return [pooling.score(vector) for vector in self._pool(encoded, use_tqdm)]
+
+    def _pooling_for(self, task: str) -> Pooling:
+        if self._pooling is None or self._pooling.task != task:
+            raise ConfigError(f"{self.model_name} was not loaded to {task}; pass task={task!r} with a model that can")
+        return self._pooling
+
+    def _encode_cut(self, prompt: Prompt, limit: int | None) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)[:limit]
+        return self.tokenizer.encode(prompt) if limit is None else self.tokenizer.encode_cut(prompt, limit)
+
+    def _pool(self, prompts: list[list[int]], use_tqdm: bool) -> list[F32]:
+        """The prompts' vectors as the engine pools them."""
+        found: dict[int, F32] = {}
+        request_ids: list[int] = []
+        try:
+            for prompt in prompts:
+                request_id = next(self._request_ids)
+                submit = Submit(
+                    request_id=request_id,
+                    prompt=pack_tokens(prompt),
+                    sampling=_NOTHING_DRAWN,
+                    stop_token_ids=(),
+                    seed=0,
+                )
+                self._engine.submit(submit)
+                request_ids.append(request_id)
+            with tqdm(total=len(prompts), desc="pool", disable=not use_tqdm, unit="prompt") as bar:
+                while self._engine.has_work:
+                    outputs = self._engine.step()
+                    if outputs is not None and outputs.vectors is not None:
+                        found.update(zip(outputs.request_ids.tolist(), outputs.vectors, strict=True))
+                        bar.update(len(outputs))
+        finally:
+            self._engine.abort([request_id for request_id in request_ids if request_id not in found])
+            while self._engine.has_work:
+                self._engine.step()
+        return [found[request_id] for request_id in request_ids]
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

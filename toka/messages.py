@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toka.params import SamplingParams
+from toka.pooling import Pooling
 
 LEAST_LOGPROB = np.float32(-9999.0)  # stands for -inf, which JSON cannot say
 
@@ -82,6 +83,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     max_request_tokens: prompt + output that one request can hold (context and KV cache both considered).
     longest_step_s: how long the largest step took.
     startup_s: seconds per warmup phase, in order. report: the warmup report as a JSON-able dict.
+    pooling: what is done with prompts instead of generating from them; None = the engine generates. max_request_tokens is then the
+    longest prompt.
     """
 
     vocab_size: int
@@ -94,6 +97,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     longest_step_s: float
     startup_s: dict[str, float]
     report: dict[str, object]
+    pooling: Pooling | None = None
 
 
 class TokenLogprob(NamedTuple):
@@ -148,6 +152,7 @@ class StepOutputs(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     (time.perf_counter()).
     scores: of those of these tokens whose requests asked for logprobs. prompt_scores: of tokens of prompts, each after its predecessor
     and never twice; all of a prompt (but its first token, which nothing predicts) have come by its request's first entry.
+    vectors: float32 bytes [entries, width], where the engine pools: one for each entry (each is a request's end); else empty.
     """
 
     request_ids: bytes
@@ -159,6 +164,7 @@ class StepOutputs(msgspec.Struct, tag="step", frozen=True, kw_only=True):
     begun_s: bytes = b""
     scores: TokenScores | None = None
     prompt_scores: TokenScores | None = None
+    vectors: bytes = b""
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True, kw_only=True):

@@ -133,7 +133,8 @@ class BatchPlan:
     token_ids: int32 [T]; a value below zero, -1 - row, stands for the token which that row sampled last (still on the device).
     seq_lens: int32 [R], tokens of the request in the KV cache once this step ran; so the last token of row i stands at position
     seq_lens[i] - 1 and its first at seq_lens[i] - (query_start[i + 1] - query_start[i]).
-    samples: bool [R], whether the token drawn after row i's last token is wanted (False in the middle of a prefill).
+    samples: bool [R], whether the token drawn after row i's last token is wanted (False in the middle of a prefill); where the engine
+    pools, whether the row's vector is.
     table, settings: changes of the tables on the device, applied in this order before the step runs.
     shared: which rows share a prefix, None = none do. It says how attention may be computed, not what.
     scoring: None where nobody asks for logprobs. masked: None where no grammar limits what is drawn.
@@ -197,9 +198,10 @@ class StepLogprobs:
 class StepResult:
     """What the step with the same number drew: sampled int32 [R], in the plan's row order (meaningless where samples is False).
 
-    logprobs: None if the plan asked for none.
+    logprobs: None if the plan asked for none. vectors: float32 [S, width], one for each row whose samples holds, where the engine pools.
     """
 
     step: int
     sampled: I32
     logprobs: StepLogprobs | None = None
+    vectors: F32 | None = None

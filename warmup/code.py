@@ -30,7 +30,8 @@ from toka.kernels.cpp import build as cpp_build
 from toka.kernels.registry import Trait
 from toka.kernels.triton import library as triton_library
 from toka.models.decoder import CausalLM
-from toka.runner.step_program import build_step_graph
+from toka.models.encoder import Encoder
+from toka.runner.pooling_program import graph_of
 from toka.warmup.progress import WarmupProgress
 from toka.warmup.report import RegionReport, WarmupReport
 from toka.warmup.setup import EngineSetup
@@ -39,18 +40,27 @@ from toka.weights.weight import Weight
 log = logging.getLogger(__name__)
 
 # With all of models, compile and kernels: the sources that decide what a graph looks like. A change in any makes a new artifact.
-_SOURCE_FILES = ("runner/step_program.py", "weights/weight.py", "weights/integer_codes.py", "placement.py", "params.py")
+_SOURCE_FILES = (
+    "runner/step_program.py",
+    "runner/pooling_program.py",
+    "weights/weight.py",
+    "weights/integer_codes.py",
+    "placement.py",
+    "params.py",
+)
 
 # Operators whose first tensor is [T, H, D]: which kernel can serve them depends on D.
-_OVER_HEADS = frozenset({"paged_attention", "rope_write_kv", "write_kv"})
+_OVER_HEADS = frozenset({"paged_attention", "encoder_attention", "rope_write_kv", "write_kv"})
 
 
-def obtain(model: CausalLM, setup: EngineSetup, progress: WarmupProgress, report: WarmupReport) -> CompiledModel:
+def obtain(
+    model: CausalLM | Encoder, setup: EngineSetup, progress: WarmupProgress, report: WarmupReport
+) -> CompiledModel:
     """The model's step as code, ready to be bound. model: may be on the meta device.
 
     Raises ConfigError if the artifact that was asked for does not fit, or if there is no compiler and one is needed.
     """
-    graph = build_step_graph(model, setup.dtype, setup.config.block_size)
+    graph = graph_of(model, setup.pooling, setup.dtype, setup.config.block_size)
     if not setup.config.torch_compile:
         regions, kernels = _eager(graph, setup, progress, report)
         return CompiledModel(graph, regions, _overloads(kernels))
@@ -67,7 +77,9 @@ def obtain(model: CausalLM, setup: EngineSetup, progress: WarmupProgress, report
     return CompiledModel(graph, regions, _overloads(found.manifest.kernels))
 
 
-def obtain_artifact(model: CausalLM, graph: StepGraph, setup: EngineSetup, progress: WarmupProgress) -> Artifact:
+def obtain_artifact(
+    model: CausalLM | Encoder, graph: StepGraph, setup: EngineSetup, progress: WarmupProgress
+) -> Artifact:
     """The artifact that this start needs; made if the cache has none."""
     wanted = identity(model, setup)
     if setup.config.artifact_path is not None:
@@ -88,7 +100,7 @@ def dump_passes(graph: StepGraph, setup: EngineSetup, directory: Path) -> None:
     builder.transform(graph, setup.device, kernel_chooser(setup, families_of(setup.device)), directory)
 
 
-def identity(model: CausalLM, setup: EngineSetup) -> Identity:
+def identity(model: CausalLM | Encoder, setup: EngineSetup) -> Identity:
     """All that shapes the code, field by field (see compile/artifact.py)."""
     config = setup.config
     formats = {name: module.format for name, module in model.named_modules() if isinstance(module, Weight)}
@@ -107,6 +119,7 @@ def identity(model: CausalLM, setup: EngineSetup) -> Identity:
         "format of each weight": hashlib.sha256(repr(formats).encode()).hexdigest()[:16],
         "page_size": str(config.block_size),
         "batch_invariant": str(config.batch_invariant),
+        "pooling": "none" if setup.pooling is None else f"{setup.pooling.task} {setup.pooling.mode}",
         **{f"model.{field.name}": repr(getattr(setup.spec, field.name)) for field in dataclasses.fields(setup.spec)},
     }
 

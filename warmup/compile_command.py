@@ -11,7 +11,7 @@ from toka.compile.artifact import Artifact
 from toka.config import CompileFlags, hub_offline
 from toka.errors import ConfigError
 from toka.model_source import locate_configuration
-from toka.runner.step_program import build_step_graph
+from toka.runner.pooling_program import graph_of
 from toka.warmup.code import dump_passes, obtain_artifact
 from toka.warmup.progress import WarmupProgress
 from toka.warmup.report import WarmupReport
@@ -29,7 +29,7 @@ def run(flags: CompileFlags) -> int:
     report = WarmupReport()
     with WarmupProgress(report) as progress, torch.no_grad():
         model = setup.build_model()
-        graph = build_step_graph(model, setup.dtype, setup.config.block_size)
+        graph = graph_of(model, setup.pooling, setup.dtype, setup.config.block_size)
         if flags.dump is not None:  # traced for this alone: an artifact that is in the cache already has no graphs
             with progress.phase("dump"):
                 dump_passes(graph, setup, Path(flags.dump).expanduser())

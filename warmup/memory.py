@@ -79,9 +79,12 @@ def graph_pool_bytes(num_buckets: int, num_calls: int) -> int:
 def num_kv_blocks(config: ResolvedConfig, shape: KVCacheShape, available_bytes: int) -> int:
     """Blocks of the KV cache: what the flag says, else the share of `available_bytes` that the configuration allows.
 
-    Never more than all requests of a full step could fill at once. ConfigError if not even two blocks fit.
+    Never more than all requests of a full step could fill at once. ConfigError if not even two blocks fit. Without a KV cache blocks
+    stand for no memory: there are as many as requests can hold, those that drain included.
     """
     blocks_per_request = -(-config.max_context_tokens // config.block_size)
+    if not shape.bytes_per_block:
+        return 2 * config.max_seqs_per_forward * blocks_per_request
     if config.kv_cache_num_tokens is not None:
         num_blocks = config.kv_cache_num_tokens // config.block_size
         if num_blocks < 2:

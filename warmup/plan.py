@@ -26,7 +26,8 @@ from toka.errors import ConfigError
 from toka.model_source import locate_configuration
 from toka.plan import MAX_SHARED_LEVELS
 from toka.runner.model_runner import RunnerSizes
-from toka.runner.step_program import build_step_graph, kv_cache_shape
+from toka.runner.pooling_program import graph_of
+from toka.runner.step_program import kv_cache_shape
 from toka.warmup import memory
 from toka.warmup.code import families_of, kernel_chooser
 from toka.warmup.memory import MemoryTable, StepMemory
@@ -93,7 +94,8 @@ class MemoryPlan:
         for what, num_bytes in self.table.rows().items():
             table.add_row(what.replace("_", " "), f"{num_bytes / 2**20:,.1f}", f"{num_bytes:,}")
         console.print(table)
-        console.print(f"KV cache: {self.kv_tokens:,} tokens in {self.num_kv_blocks:,} blocks")
+        if self.table.kv_cache:
+            console.print(f"KV cache: {self.kv_tokens:,} tokens in {self.num_kv_blocks:,} blocks")
         if self.num_full_requests:
             console.print(f"holds {self.num_full_requests:,} requests of {self.max_context_tokens:,} tokens at once")
         else:
@@ -127,7 +129,7 @@ def make_plan(flags: PlanFlags) -> MemoryPlan:
     setup = settle(flags, source, None if known is None else _facts(known))
     with torch.no_grad():
         model = setup.build_model()
-        graph = build_step_graph(model, setup.dtype, setup.config.block_size)
+        graph = graph_of(model, setup.pooling, setup.dtype, setup.config.block_size)
         # Shapes are the same on every device, so the graphs are traced on this one; only the kernels are those of the other.
         choose = kernel_chooser(setup, families_of(setup.device))
         regions, chosen = builder.transform(graph, torch.device("cpu"), choose)
@@ -196,8 +198,8 @@ def table_bytes(sizes: RunnerSizes, device: torch.device) -> int:
     nowhere = torch.device("meta")
     tables = sizes.tables(nowhere)
     masks = 0 if device.type == "cpu" else sizes.masks(nowhere).num_bytes
-    of_rows = memory.tensor_bytes((*tables.values().values(), *sizes.adjustments(nowhere).values().values()))
-    return sizes.buffers(tables, nowhere).num_bytes + of_rows + masks
+    kept = (*tables.values().values(), *sizes.adjustments(nowhere).values().values(), *sizes.sums(nowhere).values())
+    return sizes.buffers(tables, nowhere).num_bytes + memory.tensor_bytes(kept) + masks
 
 
 def _facts(device: KnownDevice) -> DeviceFacts:

@@ -84,7 +84,8 @@ class WarmupReport:
             for what, num_bytes in self.memory.rows().items():
                 memory.add_row(what.replace("_", " "), f"{num_bytes / 2**20:,.0f}")
             console.print(memory)
-        console.print(f"KV cache: {self.kv_tokens:,} tokens in {self.num_kv_blocks:,} blocks")
+        if self.memory is None or self.memory.kv_cache:
+            console.print(f"KV cache: {self.kv_tokens:,} tokens in {self.num_kv_blocks:,} blocks")
         for op, kernel in self.kernels.items():
             console.print(f"{op}: {kernel}", highlight=False)
         console.print(f"batch-invariant: {'yes' if self.batch_invariant else 'no'}")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from toka.compile.compiled_model import CompiledModel
 from toka.models.decoder import CausalLM
+from toka.models.encoder import Encoder
 from toka.plan import SHARED_PREFIX_STEP, BatchPlan
 from toka.runner.kv_cache import KVCache, KVCacheShape
 from toka.runner.model_runner import ModelRunner
@@ -72,7 +73,11 @@ def warm_up(setup: EngineSetup, reader: CheckpointReader, *, quiet: bool = False
 
 
 def _bind_weights(
-    compiled: CompiledModel, model: CausalLM, reader: CheckpointReader, device: torch.device, progress: WarmupProgress
+    compiled: CompiledModel,
+    model: CausalLM | Encoder,
+    reader: CheckpointReader,
+    device: torch.device,
+    progress: WarmupProgress,
 ) -> None:
     """Load the checkpoint into the model and hand its tensors over to the compiled code, in the layouts that this wants."""
     with progress.phase("weights"):
@@ -99,7 +104,7 @@ def _measure(
     bucket, block_size = next(coverage.buckets(runner)), setup.config.block_size
     num_blocks = bucket.num_rows + -(-bucket.num_tokens // block_size) + SHARED_PREFIX_STEP
     max_rows, max_tokens = runner.sizes.max_rows, runner.sizes.max_blocks_per_row * block_size
-    plan = coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True, scored=True)
+    plan = coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True, scored=setup.pooling is None)
 
     def run() -> None:
         if runner.sizes.max_shared_groups and max_tokens > 2 * SHARED_PREFIX_STEP:
@@ -125,7 +130,12 @@ def _run_buckets(
         for index, bucket in enumerate(buckets):
             progress.detail(f"{bucket.num_tokens} tokens")
             plan = coverage.dummy_plan(
-                bucket, num_blocks, setup.config.block_size, sampled=index % 2 == 0, scored=True, late=True
+                bucket,
+                num_blocks,
+                setup.config.block_size,
+                sampled=index % 2 == 0,
+                scored=setup.pooling is None,
+                late=setup.pooling is None,
             )
             report.buckets.append(_ready_bucket(runner, plan, bucket, setup.device))
             progress.advance()

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "simd.h"
+#include "workspace.h"
 
 namespace toka {
 
@@ -16,8 +17,6 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kRowBlock = 6;              // query rows a micro-kernel call
 constexpr int kColumnBlock = kLanes == 8 ? 2 : 4;  // vectors a micro-kernel call: 6 x 2 fills 16 registers, 6 x 4 fills 32
 static_assert(kTile % (kLanes * kColumnBlock) == 0 && kSplit % kTile == 0);
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // State of a softmax over part of the keys, for up to num_rows query rows (a query row is one token under one query head).
 struct SoftmaxState {

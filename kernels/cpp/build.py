@@ -35,7 +35,9 @@ _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020B000000000000"
 
 # Vectors are written by hand, so most files gain nothing from -O3, which takes a third longer to compile; these gain 5 %.
 _EXTRA_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {file: ("-O3",) for file in ("float_blocks.cpp", "linear_quantised.cpp", "paged_attention.cpp")}
+    dict.fromkeys(
+        ("float_blocks.cpp", "linear_quantised.cpp", "paged_attention.cpp", "encoder_attention.cpp"), ("-O3",)
+    )
 )
 
 Progress = Callable[[str], None]

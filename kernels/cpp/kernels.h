@@ -17,6 +17,10 @@ Tensor paged_attention(Tensor query_THD, Tensor key_cache, Tensor value_cache, T
                        std::optional<Tensor> shared_groups, std::optional<Tensor> shared_members,
                        std::optional<Tensor> shared_lens);
 
+Tensor encoder_attention(Tensor query_THD, Tensor key_THD, Tensor value_THD, Tensor query_start, double scale);
+
+void sum_tokens(Tensor hidden_TC, Tensor rows_R, Tensor query_start, Tensor seq_lens_R, Tensor sums_MC);
+
 Tensor sample(Tensor logits_RV, Tensor rows_R, Tensor seq_lens_R, Tensor temperature, Tensor top_k, Tensor top_p,
               Tensor min_p, Tensor seed, Tensor held_back_ids, Tensor held_back_until, Tensor last_token,
               std::optional<Tensor> masks_KW, std::optional<Tensor> mask_of_R);

@@ -6,6 +6,8 @@
 STABLE_TORCH_LIBRARY_IMPL(toka_cpp, CPU, m) {
   m.impl("write_kv", TORCH_BOX(&toka::write_kv));
   m.impl("paged_attention", TORCH_BOX(&toka::paged_attention));
+  m.impl("encoder_attention", TORCH_BOX(&toka::encoder_attention));
+  m.impl("sum_tokens", TORCH_BOX(&toka::sum_tokens));
   m.impl("sample", TORCH_BOX(&toka::sample));
   m.impl("adjust_logits", TORCH_BOX(&toka::adjust_logits));
   m.impl("token_logprobs", TORCH_BOX(&toka::token_logprobs));

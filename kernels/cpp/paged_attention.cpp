@@ -17,6 +17,7 @@
 #include "attention_tile.h"
 #include "shared_groups.h"
 #include "tensors.h"
+#include "workspace.h"
 
 namespace toka {
 namespace {
@@ -95,23 +96,6 @@ struct Scratch {
     total = {take(rows_up), take(rows_up), take(rows_up * padded_dim)};
   }
 };
-
-// Grows and never shrinks; aligned to cache lines. One for each thread that calls the operator.
-float* workspace(int64_t num_floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (num_floats > capacity) {
-    memory.reset();
-    capacity = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(kCacheLineBytes, round_up(num_floats * 4, kCacheLineBytes))));
-    STD_TORCH_CHECK(memory != nullptr, "paged_attention: no memory for ", num_floats * 4, " bytes of working space");
-    capacity = num_floats;
-  }
-  return memory.get();
-}
 
 template <typename T>
 class Attention {

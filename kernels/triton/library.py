@@ -19,12 +19,14 @@ from toka.errors import ConfigError
 # Operator → the module that holds it, below this package; its function is called like the operator.
 MODULES: dict[str, str] = {
     "adjust_logits": "adjust_logits",
+    "encoder_attention": "encoder_attention",
     "linear": "linear",
     "merge_attention": "merge_attention",
     "paged_attention": "paged_attention",
     "rope_write_kv": "rope_write_kv",
     "sample": "sample",
     "sparse_logits": "sparse_logits",
+    "sum_tokens": "sum_tokens",
     "token_logprobs": "token_logprobs",
     "write_kv": "write_kv",
 }

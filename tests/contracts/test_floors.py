@@ -33,6 +33,7 @@ FLOORS = {
     "messages": 1,
     "plan": 1,
     "placement": 1,
+    "pooling": 1,
     "model_source": 1,
     "embedded_model": 1,
     "gguf_file": 1,

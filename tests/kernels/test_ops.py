@@ -73,6 +73,11 @@ def arguments(op: str, lens: list[int]) -> tuple[Any, ...]:
         return query, key, value, angles.cos(), angles.sin(), *caches, given["slots_T"]
     if op == "adjust_logits":
         return case(VOCAB_SIZE)
+    if op == "encoder_attention":
+        return query[:, :NUM_KV_HEADS], key, value, given["query_start"], 0.1
+    if op == "sum_tokens":
+        sums = torch.zeros(MAX_ROWS, given["hidden_TE"].shape[1])
+        return given["hidden_TE"], given["rows_R"], given["query_start"], given["seq_lens_R"], sums
     if op != "sample":
         return product_arguments(op, len(query))
     return torch.randn(len(lens) + 1, VOCAB_SIZE), given["rows_R"], given["seq_lens_R"], *tables().values()

@@ -48,6 +48,8 @@ def arguments(op: str) -> tuple[Any, ...]:
         "write_kv": (key_THD, value_THD, *caches, ints(NUM_TOKENS)),
         "rope_write_kv": (query_THD, key_THD, value_THD, *angles, *caches, ints(NUM_TOKENS)),
         "paged_attention": (query_THD, *caches, ints(MAX_ROWS, 300), *lens, 0.125, 0),
+        "encoder_attention": (key_THD, value_THD, value_THD, ints(NUM_ROWS + 1), 0.125),
+        "sum_tokens": (floats(NUM_TOKENS, 512), *lens, floats(MAX_ROWS, 512, dtype=torch.float32)),
         "merge_attention": (floats(3, NUM_TOKENS, 8, 64).float(), floats(3, NUM_TOKENS, 8).float()),
         "linear": (floats(NUM_TOKENS, 512), floats(1024, 512), floats(1024)),
         "sparse_logits": (floats(NUM_ROWS, 512), floats(VOCAB_SIZE, 512), ints(NUM_ROWS, 21)),

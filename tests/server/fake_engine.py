@@ -31,6 +31,7 @@ from toka.messages import (
     unpack_tokens,
 )
 from toka.params import MAX_LOGPROBS
+from toka.pooling import Pooling
 
 MAX_REQUEST_TOKENS = 2000
 REPORT: dict[str, object] = {
@@ -76,6 +77,7 @@ class Behaviour:
     reject: what to answer to a Submit instead, if anything. deaf_to_ping: never answer Ping. error_at_token: end requests with
     `error` after so many tokens. prompt_scores_per_step: of a prompt's tokens; only a Submit's first sample waits for them.
     die_at_step: exit the process in that step. tokens_per_step: of one request. warm_s: warmup time; fatal: say so instead of Ready.
+    pooling: be an engine that pools, whose vectors `vector_of` makes.
     """
 
     reply: Callable[[Submit, int], list[int]] = repeat_prompt
@@ -91,6 +93,12 @@ class Behaviour:
     prompt_scores_per_step: int = 1000
     vocab_size: int = VOCAB_SIZE
     tokens_per_step: int = 1
+    pooling: Pooling | None = None
+
+
+def vector_of(prompt: list[int], width: int) -> np.ndarray:
+    """What the fake makes of a prompt; float32 [width], no two prompts alike."""
+    return np.random.default_rng(prompt).standard_normal(width, dtype=np.float32) * 3
 
 
 @dataclass
@@ -155,6 +163,7 @@ class FakeEngine:
             longest_step_s=0.01,
             startup_s={"load": 0.5, "compile": 1.5},
             report=REPORT,
+            pooling=self.behaviour.pooling,
         )
 
     def _take(self, message: ToEngine) -> None:
@@ -197,6 +206,7 @@ class FakeEngine:
         token_ids, finish = [], []
         begun, self._begun = self._begun, []
         scored: list[tuple[int, int]] = []
+        vectors = self._vectors()
         for request_id in [i for i, row in self._rows.items() if not row.unscored]:
             for _ in range(self.behaviour.tokens_per_step):
                 token, reason = self._next_token(self._rows[request_id])
@@ -220,8 +230,15 @@ class FakeEngine:
                 begun_s=np.array([at_s for _, at_s in begun], "<f8").tobytes(),
                 scores=scores_of([i for i, _ in scored], [token for _, token in scored], MAX_LOGPROBS),
                 prompt_scores=prompt_scores,
+                vectors=vectors,
             )
         )
+
+    def _vectors(self) -> bytes:
+        if self.behaviour.pooling is None:
+            return b""
+        prompts = [unpack_tokens(row.submit.prompt).tolist() for row in self._rows.values()]
+        return np.stack([vector_of(prompt, self.behaviour.pooling.width) for prompt in prompts]).tobytes()
 
     def _score_prompts(self) -> TokenScores | None:
         count, scored = self.behaviour.prompt_scores_per_step, []
@@ -231,10 +248,10 @@ class FakeEngine:
         return scores_of([i for i, _ in scored], [token for _, token in scored], MAX_LOGPROBS)
 
     def _next_token(self, row: _Row) -> tuple[int, int]:
-        if row.submit.sampling.max_tokens == 0:
-            return -1, FinishReason.LENGTH
         if row.num_done == self.behaviour.error_at_token:
             return -1, self.behaviour.error
+        if row.submit.sampling.max_tokens == 0:
+            return -1, FinishReason.LENGTH
         token = row.tokens[row.num_done]
         row.num_done += 1
         if token in row.submit.stop_token_ids and row.num_done > row.submit.sampling.min_tokens:

@@ -40,7 +40,7 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
     ready = Ready(
         vocab_size=setup.spec.vocab_size,
         max_context_tokens=setup.config.max_context_tokens,
-        max_request_tokens=scheduler_config.max_tokens_per_request,
+        max_request_tokens=scheduler_config.max_tokens_per_request - (setup.pooling is not None),
         num_kv_blocks=warm.num_kv_blocks,
         block_size=setup.config.block_size,
         dtype=setup.config.dtype,
@@ -48,6 +48,7 @@ def build_engine(config: Config, source: ModelSource, *, quiet: bool = False) ->
         longest_step_s=warm.report.longest_step_s,
         startup_s=warm.report.phases_s,
         report=warm.report.to_dict(),
+        pooling=setup.pooling,
     )
     return engine, ready
 

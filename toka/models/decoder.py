@@ -5,7 +5,7 @@ Legend: T tokens, R rows, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
@@ -53,14 +53,16 @@ class CausalLM(nn.Module):
     PLACEMENT: ClassVar[PlacementTable]
     HF_NAMES: ClassVar[Mapping[str, str]]
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype):
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, *, with_head: bool = True):
         super().__init__()
         self.spec = spec
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size, dtype)
         self.rotary_emb = RotaryEmbedding(spec.rope, spec.head_dim, dtype)
         self.layers = nn.ModuleList(DecoderLayer(spec, window, dtype) for window in spec.sliding_windows)
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype)
-        self.lm_head = None if spec.tied_head else Linear(spec.hidden_size, spec.vocab_size, False, dtype)
+        has_own_head = with_head and not spec.tied_head
+        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, False, dtype) if has_own_head else None
+        self._is_headless, self._prefix = not with_head, "model."
 
     def forward(self, token_ids_T: Tensor, inputs: ForwardInputs, kv_caches: KVCaches) -> Tensor:
         """Hidden states after the final norm, [T, C]; writes the tokens' keys and values into the caches (one pair a layer).
@@ -79,10 +81,18 @@ class CausalLM(nn.Module):
         logits_RV: Tensor = self.embed_tokens.logits(hidden_RC) if self.lm_head is None else self.lm_head(hidden_RC)
         return logits_RV
 
+    def look_at(self, names: Collection[str]) -> None:
+        """Told the names of a checkpoint's tensors: one that was saved without its head may leave out the first part of them."""
+        self._prefix = "model." if any(name.startswith("model.") for name in names) else ""
+
     def checkpoint_name(self, weight: str) -> str:
         """Hugging Face's name of one of our weights."""
         first, _, rest = weight.partition(".")
-        return f"{self.HF_NAMES[first]}.{rest}"
+        return f"{self.HF_NAMES[first].replace('model.', self._prefix)}.{rest}"
+
+    def ignores(self, name: str) -> bool:
+        """Whether a checkpoint may hold this tensor without our using it."""
+        return self._is_headless and name == f"{self.HF_NAMES['lm_head']}.weight"
 
     def duplicate_of(self, name: str) -> str | None:
         """The embedding's checkpoint name if `name` is that of the head and the head is tied to it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from toka.models.decoder import CausalLM
+from toka.models.encoder import Encoder
+from toka.models.encoder_spec import EncoderSpec
 from toka.models.llama import Llama
 from toka.models.qwen3 import Qwen3
 from toka.models.spec import ModelSpec
@@ -17,10 +19,18 @@ FAMILIES: dict[str, type[CausalLM]] = {
 }
 
 
-def build_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "meta") -> CausalLM:
+def build_model(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "meta", *, with_head: bool = True
+) -> CausalLM:
     """The model with uninitialised weights of this dtype; on the meta device (the default) without storage.
 
-    `toka.weights.loader.load_weights` gives it storage and values.
+    `toka.weights.loader.load_weights` gives it storage and values. with_head: F for a model whose logits nobody wants.
     """
     with torch.device(device):
-        return FAMILIES[spec.model_type](spec, dtype).eval()
+        return FAMILIES[spec.model_type](spec, dtype, with_head=with_head).eval()
+
+
+def build_encoder(spec: EncoderSpec, dtype: torch.dtype, device: torch.device | str = "meta") -> Encoder:
+    """The same for an encoder."""
+    with torch.device(device):
+        return Encoder(spec, dtype).eval()

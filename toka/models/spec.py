@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from toka.errors import ConfigError
+from toka.models.config_fields import Fields
 
 ARCHITECTURES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -88,7 +89,7 @@ def read_spec(config: Mapping[str, Any], rope_scaling: Mapping[str, Any] | None 
     rope_scaling: replaces the configuration's rope scaling, with the same keys (its rope_theta stays unless given).
     Raises ConfigError (one line) naming the field that is missing, malformed or not supported.
     """
-    fields = _Fields(config)
+    fields = Fields(config)
     model_type = _model_type(fields)
     _refuse(fields)
     hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
@@ -121,52 +122,11 @@ def read_spec(config: Mapping[str, Any], rope_scaling: Mapping[str, Any] | None 
         qk_norm=model_type == "qwen3",
         tied_head=fields.flag("tie_word_embeddings"),
         eos_token_ids=_eos_token_ids(fields),
-        checkpoint_dtype=_checkpoint_dtype(config),
+        checkpoint_dtype=fields.checkpoint_dtype(),
     )
 
 
-class _Fields:
-    """Typed access to a configuration; a wrong value is a ConfigError that names the field."""
-
-    def __init__(self, values: Mapping[str, Any], where: str = "The model's configuration"):
-        self.values, self.where = values, where
-
-    def fail(self, name: str, rule: str) -> NoReturn:
-        raise ConfigError(f"{self.where}: {name} {rule}, got {str(self.values.get(name))[:60]!r}.")
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.fail(name, "must be a whole number above 0")
-        return value
-
-    def positive(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-            self.fail(name, "must be a number above 0")
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            self.fail(name, "must be true or false")
-        return value
-
-    def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
-        value = self._get(name, default)
-        if value not in choices:
-            self.fail(name, f"must be one of {', '.join(choices)}")
-        return str(value)
-
-    def _get(self, name: str, default: Any) -> Any:
-        """A field that is null counts as absent, as transformers has it."""
-        value = self.values.get(name)
-        if value is None and default is None:
-            raise ConfigError(f"{self.where} lacks {name}.")
-        return default if value is None else value
-
-
-def _model_type(fields: _Fields) -> str:
+def _model_type(fields: Fields) -> str:
     model_type = fields.values.get("model_type")
     if model_type not in ARCHITECTURES:
         fields.fail("model_type", f"is not supported (supported: {', '.join(ARCHITECTURES)})")
@@ -176,13 +136,13 @@ def _model_type(fields: _Fields) -> str:
     return str(model_type)
 
 
-def _refuse(fields: _Fields) -> None:
+def _refuse(fields: Fields) -> None:
     """Fields that change the mathematics in ways that toka does not have."""
     if fields.values.get("rope_interleaved"):
         fields.fail("rope_interleaved", "must be false")
 
 
-def _sliding_windows(fields: _Fields, model_type: str, num_layers: int) -> tuple[int, ...]:
+def _sliding_windows(fields: Fields, model_type: str, num_layers: int) -> tuple[int, ...]:
     switched_off = "sliding_window" in fields.values and fields.values["sliding_window"] is None
     if switched_off or model_type == "llama" or (model_type != "mistral" and not fields.flag("use_sliding_window")):
         return (0,) * num_layers
@@ -201,7 +161,7 @@ def _sliding_windows(fields: _Fields, model_type: str, num_layers: int) -> tuple
     return tuple(windows[kind] for kind in kinds)
 
 
-def _read_rope(fields: _Fields, override: Mapping[str, Any] | None, head_dim: int) -> RopeSpec:
+def _read_rope(fields: Fields, override: Mapping[str, Any] | None, head_dim: int) -> RopeSpec:
     """The rope in transformers 5's terms (`rope_parameters`) or the older ones (`rope_scaling` beside `rope_theta`)."""
     stated = fields.values.get("rope_parameters") or {}
     scaling = override or fields.values.get("rope_scaling") or {}
@@ -217,7 +177,7 @@ def _read_rope(fields: _Fields, override: Mapping[str, Any] | None, head_dim: in
         "rope_theta": 10_000.0 if theta is None else theta,
         "rope_type": chosen.get("rope_type", chosen.get("type", "default")),
     }
-    rope = _Fields(chosen, "The model's rope parameters")
+    rope = Fields(chosen, "The model's rope parameters")
     kind = chosen["rope_type"]
     if kind not in ROPE_TYPES:
         rope.fail("rope_type", f"is not supported (supported: {', '.join(ROPE_TYPES)})")
@@ -227,7 +187,7 @@ def _read_rope(fields: _Fields, override: Mapping[str, Any] | None, head_dim: in
     return _rope_of_type(kind, rope, fields, head_dim)
 
 
-def _rope_of_type(kind: RopeType, rope: _Fields, fields: _Fields, head_dim: int) -> RopeSpec:
+def _rope_of_type(kind: RopeType, rope: Fields, fields: Fields, head_dim: int) -> RopeSpec:
     max_positions = fields.count("max_position_embeddings", 2048)
     outer = (
         fields if fields.values.get("original_max_position_embeddings") is not None else rope
@@ -265,7 +225,7 @@ def _rope_of_type(kind: RopeType, rope: _Fields, fields: _Fields, head_dim: int)
     )
 
 
-def _factors(rope: _Fields, head_dim: int) -> tuple[float, ...]:
+def _factors(rope: Fields, head_dim: int) -> tuple[float, ...]:
     factors = rope.values.get("factors")
     if (
         not isinstance(factors, list)
@@ -276,7 +236,7 @@ def _factors(rope: _Fields, head_dim: int) -> tuple[float, ...]:
     return tuple(factors)
 
 
-def _yarn_attention_factor(rope: _Fields, factor: float) -> float:
+def _yarn_attention_factor(rope: Fields, factor: float) -> float:
     if rope.values.get("attention_factor") is not None:
         return rope.positive("attention_factor")
 
@@ -288,7 +248,7 @@ def _yarn_attention_factor(rope: _Fields, factor: float) -> float:
     return magnitude(1.0)
 
 
-def _max_context_tokens(fields: _Fields, rope: RopeSpec) -> int:
+def _max_context_tokens(fields: Fields, rope: RopeSpec) -> int:
     """Configurations differ in whether max_position_embeddings counts the scaling; the larger reading is the limit."""
     max_positions = fields.count("max_position_embeddings", 2048)
     if rope.type in ("linear", "dynamic", "yarn"):
@@ -296,14 +256,9 @@ def _max_context_tokens(fields: _Fields, rope: RopeSpec) -> int:
     return max_positions
 
 
-def _eos_token_ids(fields: _Fields) -> tuple[int, ...]:
+def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     stated = fields.values.get("eos_token_id")
     ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         fields.fail("eos_token_id", "must hold token ids")
     return tuple(ids)
-
-
-def _checkpoint_dtype(config: Mapping[str, Any]) -> str | None:
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    return str(dtype).removeprefix("torch.") if dtype else None

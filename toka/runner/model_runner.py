@@ -33,7 +33,8 @@ class RunnerSizes:
     max_captured_tokens: steps of up to so many tokens are captured whole, so their sizes follow from their number of tokens alone;
     0 = none is. token_step: buckets of tokens are multiples of it, below it powers of two; 0 = the usual ladder. max_in_flight: steps
     launched before the first one's result is read. max_shared_groups: groups of rows that share a prefix, in one step.
-    vocab_size: bits of a token mask. block_size: tokens in one KV block.
+    vocab_size: bits of a token mask. block_size: tokens in one KV block. vector_width: numbers of a prompt's vector, 0 = the engine
+    generates. sums_width: of the running sums that mean pooling keeps, 0 = none.
     """
 
     max_tokens: int
@@ -46,6 +47,8 @@ class RunnerSizes:
     max_shared_groups: int = 0
     vocab_size: int = 0
     block_size: int = 16
+    vector_width: int = 0
+    sums_width: int = 0
 
     def token_buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that steps are padded to, ascending."""
@@ -70,6 +73,12 @@ class RunnerSizes:
             max_settings=self.max_rows,
         )
 
+    def sums(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The running sums of mean pooling, float32 [max_table_rows, sums_width], by name; empty if there are none."""
+        if not self.sums_width:
+            return {}
+        return {"pooled_sums": torch.zeros((self.max_table_rows, self.sums_width), dtype=torch.float32, device=device)}
+
     def buffers(self, tables: DeviceTables, device: torch.device) -> StepBuffers:
         """The step's inputs on the device."""
         return StepBuffers(
@@ -91,7 +100,7 @@ class RunnerSizes:
         return TokenMaskBuffer(self.max_rows, num_mask_words(self.vocab_size), device)
 
 
-# On the CPU: what was drawn, and if anybody asked their logprobs: the outputs of the step graph and of its follow-up.
+# On the CPU: what was drawn, and if anybody asked their logprobs: the outputs of the step graph and of its follow-up. Or vectors.
 _Outputs = tuple[torch.Tensor, ...]
 
 
@@ -114,6 +123,12 @@ class PendingStep:
         """Wait for the step and give what it drew and scored; to be called once."""
         if self._ready is not None:
             self._ready.synchronize()
+        result = self._read()
+        if self._ready is not None:
+            self._spare.append(self._outputs)
+        return result
+
+    def _read(self) -> StepResult:
         plan = self._plan
         drawn, *scored = (tensor.numpy() for tensor in self._outputs)
         sampled = np.zeros(plan.num_rows, dtype=np.int32)
@@ -121,9 +136,16 @@ class PendingStep:
         logprobs = None
         if plan.scoring is not None:
             logprobs = StepLogprobs(*(array[: plan.num_samples].copy() for array in scored))
-        if self._ready is not None:
-            self._spare.append(self._outputs)
         return StepResult(plan.step, sampled, logprobs)
+
+
+class PendingVectors(PendingStep):
+    """The same of a step that pools."""
+
+    def _read(self) -> StepResult:
+        [vectors] = self._outputs
+        sampled = np.zeros(self._plan.num_rows, dtype=np.int32)
+        return StepResult(self._plan.step, sampled, vectors=vectors[: self._plan.num_samples].numpy().copy())
 
 
 class ModelRunner:
@@ -139,7 +161,8 @@ class ModelRunner:
         self._masks = sizes.masks(device)
         self._no_masks = torch.zeros((1, num_mask_words(sizes.vocab_size)), dtype=torch.int32, device=device)
         self._adjustments = sizes.adjustments(device)
-        self._static = self._tables.values()
+        self._sums = sizes.sums(device)
+        self._static = {**self._tables.values(), **self._sums}
         self._capturer = Capturer(device)
         self._captured: dict[Bucket, Replay] = {}
         self._results: deque[_Outputs] = deque()  # pinned memory on the host that no step writes to
@@ -147,7 +170,7 @@ class ModelRunner:
     @property
     def table_bytes(self) -> int:
         """Size of the step's inputs and of the tables that stay on the device."""
-        tables = (*self._tables.values().values(), *self._adjustments.values().values())
+        tables = (*self._tables.values().values(), *self._adjustments.values().values(), *self._sums.values())
         of_rows = sum(tensor.nbytes for tensor in tables)
         return self._buffers.num_bytes + of_rows + self._masks.num_bytes
 
@@ -157,7 +180,8 @@ class ModelRunner:
         for layer, (key_cache, value_cache) in enumerate(zip(cache.keys, cache.values, strict=True)):
             self._static[f"key_cache.{layer}"] = key_cache
             self._static[f"value_cache.{layer}"] = value_cache
-        self._adjustments.attach(len(cache.keys[0]))
+        if cache.keys:  # encoders have none
+            self._adjustments.attach(len(cache.keys[0]))
 
     def bucket_for(self, num_tokens: int, num_samples: int) -> Bucket:
         tokens = bucket_of(num_tokens, self.token_sizes)
@@ -177,16 +201,17 @@ class ModelRunner:
     def finish(self, begun: BegunStep, masks: TokenMasks | None = None) -> PendingStep:
         """Launch what follows a step's graph. masks: those of its masked draws, if it has any."""
         plan = begun.plan
+        pending = PendingVectors if self.sizes.vector_width else PendingStep
         outputs = self._follow_ups(begun, masks)
         if self._device.type == "cpu":
-            return PendingStep(plan, outputs, None, self._results)
+            return pending(plan, outputs, None, self._results)
         num_samples = plan.num_samples
         on_host = self._results.popleft() if self._results else self._new_result()
         for on_device, target in zip(outputs, on_host, strict=False):
             target[:num_samples].copy_(on_device[:num_samples], non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return PendingStep(plan, on_host, ready, self._results)
+        return pending(plan, on_host, ready, self._results)
 
     def run(self, plan: BatchPlan, masks: Callable[[], TokenMasks] | None = None) -> StepResult:
         """Run one step to its end. masks: asked for those of its masked draws, if it has any, once its graph is run."""
@@ -237,10 +262,12 @@ class ModelRunner:
         return {**self._static, **self._buffers.fill(plan, bucket)}
 
     def _new_result(self) -> _Outputs:
-        """Room for what was drawn and for logprobs, ranks, likeliest ids and their logprobs."""
+        """Room for what was drawn and for logprobs, ranks, likeliest ids and their logprobs; or for vectors."""
 
         def pinned(dtype: torch.dtype, *width: int) -> torch.Tensor:
             return torch.empty((self.sizes.max_rows, *width), dtype=dtype, pin_memory=True)
 
         ints, floats = torch.int32, torch.float32
+        if self.sizes.vector_width:
+            return (pinned(floats, self.sizes.vector_width),)
         return pinned(ints), pinned(floats), pinned(ints), pinned(ints, MAX_LOGPROBS), pinned(floats, MAX_LOGPROBS)

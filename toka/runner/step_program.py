@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from toka.compile.region_graph import RowSelection
 from toka.compile.step_graph import Call, OperatorCall, Region, StepGraph, TensorSpec
 from toka.models.decoder import CausalLM, DecoderLayer
+from toka.models.encoder import Encoder
+from toka.models.encoder_spec import EncoderSpec
 from toka.models.inputs import ForwardInputs
 from toka.models.rope import Rope
 from toka.params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
@@ -130,27 +132,23 @@ class _TiedHead(nn.Module):
         return self.embed_tokens.logits(hidden_SC)
 
 
-def kv_cache_shape(model: CausalLM, dtype: torch.dtype, block_size: int) -> KVCacheShape:
-    """What one KV block of this model is made of."""
+def kv_cache_shape(model: CausalLM | Encoder, dtype: torch.dtype, block_size: int) -> KVCacheShape:
+    """What one KV block of this model is made of: nothing, if it is an encoder."""
     spec = model.spec
+    if isinstance(spec, EncoderSpec):
+        return KVCacheShape(0, spec.num_heads, spec.head_dim, block_size, dtype)
     return KVCacheShape(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, dtype)
 
 
 def build_step_graph(model: CausalLM, dtype: torch.dtype, block_size: int) -> StepGraph:
     """The step of this model; it may be on the meta device. dtype: of activations and KV cache."""
-    *layers, last = model.layers
-    assert isinstance(last, DecoderLayer)
-    regions = {
-        "begin": _begin_region(model, block_size),
-        **{
-            name: _layer_region(model, name, layer, dtype, block_size)
-            for name, layer in zip(_layer_regions(model), layers, strict=True)
-        },
-        "last": _last_region(model, last, dtype, block_size),
-    }
-    follow_ups = _follow_ups(TensorSpec(dtype, ("S", model.spec.vocab_size)), block_size)
+    regions = {**regions_before_last(model, dtype, block_size), "last": _last_region(model, dtype, block_size)}
     return StepGraph(
-        tuple(regions.values()), _calls(model, regions), _step_inputs(model), ("sampled", "logits"), follow_ups
+        tuple(regions.values()),
+        calls_of(model, regions, ("sampled", "logits")),
+        _step_inputs(model),
+        ("sampled", "logits"),
+        _follow_ups(TensorSpec(dtype, ("S", model.spec.vocab_size)), block_size),
     )
 
 
@@ -164,7 +162,7 @@ def scored_ids(targets_S: Tensor, sampled_S: Tensor) -> Tensor:
     return torch.where(targets_S == DRAWN_TARGET, sampled_S, targets_S)
 
 
-def step_parameters(model: CausalLM) -> dict[str, Tensor]:
+def step_parameters(model: CausalLM | Encoder) -> dict[str, Tensor]:
     """The model's tensors by the names that the calls use."""
     parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
     return {**parameters, **dict(model.named_buffers())}
@@ -175,6 +173,21 @@ def step_parameters(model: CausalLM) -> dict[str, Tensor]:
 _INT = torch.int32
 
 
+def regions_before_last(model: CausalLM, dtype: torch.dtype, block_size: int) -> dict[str, Region]:
+    """`begin` and one region for each kind of layer that is not the last, by name."""
+    layers = {
+        name: _layer_region(model, name, layer, dtype, block_size)
+        for name, layer in zip(_layer_regions(model), list(model.layers)[:-1], strict=True)
+    }
+    return {"begin": _begin_region(model, block_size), **layers}
+
+
+def last_layer(model: CausalLM) -> DecoderLayer:
+    layer = model.layers[len(model.layers) - 1]
+    assert isinstance(layer, DecoderLayer)
+    return layer
+
+
 def _begin_region(model: CausalLM, block_size: int) -> Region:
     inputs = (
         ("token_ids", TensorSpec(_INT, ("T",))),
@@ -183,7 +196,7 @@ def _begin_region(model: CausalLM, block_size: int) -> Region:
         ("block_table", TensorSpec(_INT, ("M", "W"))),
         ("last_token", TensorSpec(_INT, ("M",))),
     )
-    return _region(model, "begin", Begin(model, block_size), inputs, num_outputs=4)
+    return region_of(model, "begin", Begin(model, block_size), inputs, num_outputs=4)
 
 
 def _layer_regions(model: CausalLM) -> list[str]:
@@ -203,11 +216,12 @@ def _layer_regions(model: CausalLM) -> list[str]:
 
 def _layer_region(model: CausalLM, name: str, layer: nn.Module, dtype: torch.dtype, block_size: int) -> Region:
     assert isinstance(layer, DecoderLayer)
-    inputs = _layer_inputs(model, dtype, block_size)
-    return _region(model, name, Layer(layer), inputs, num_outputs=1)
+    inputs = layer_inputs(model, dtype, block_size)
+    return region_of(model, name, Layer(layer), inputs, num_outputs=1)
 
 
-def _layer_inputs(model: CausalLM, dtype: torch.dtype, block_size: int) -> tuple[tuple[str, TensorSpec], ...]:
+def layer_inputs(model: CausalLM, dtype: torch.dtype, block_size: int) -> tuple[tuple[str, TensorSpec], ...]:
+    """What every decoder layer takes."""
     spec = model.spec
     cache = TensorSpec(dtype, ("B", spec.num_kv_heads, block_size, spec.head_dim))
     angles = TensorSpec(dtype, ("T", spec.head_dim // 2))
@@ -276,9 +290,9 @@ def _follow_ups(logits: TensorSpec, block_size: int) -> tuple[OperatorCall, ...]
     )
 
 
-def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block_size: int) -> Region:
+def _last_region(model: CausalLM, dtype: torch.dtype, block_size: int) -> Region:
     inputs = (
-        *_layer_inputs(model, dtype, block_size),
+        *layer_inputs(model, dtype, block_size),
         ("sample_index", TensorSpec(_INT, ("S",))),
         ("sample_rows", TensorSpec(_INT, ("S",))),
         ("sample_query_start", TensorSpec(_INT, ("P",))),  # P = S + 1
@@ -288,11 +302,11 @@ def _last_region(model: CausalLM, layer: DecoderLayer, dtype: torch.dtype, block
         *_settings_inputs(),
     )
     selection = RowSelection("sample_index", "sample_rows", "sample_query_start", "sample_seq_lens")
-    return _region(model, "last", Last(model, layer), inputs, num_outputs=2, selection=selection)
+    return region_of(model, "last", Last(model, last_layer(model)), inputs, num_outputs=2, selection=selection)
 
 
-def _region(
-    model: CausalLM,
+def region_of(
+    model: CausalLM | Encoder,
     name: str,
     module: nn.Module,
     inputs: tuple[tuple[str, TensorSpec], ...],
@@ -302,7 +316,7 @@ def _region(
     """A region with its parameters placed as the model says; layers of a kind are all placed alike."""
     placements: dict[str, AxisPlacements] = {name: {} for name, _ in module.named_buffers()}
     for parameter, _ in module.named_parameters(remove_duplicate=False):
-        weight = _model_name(parameter, 0, model).rpartition(".")[0]  # the rest names the part of the weight's format
+        weight = model_name(parameter, 0, model).rpartition(".")[0]  # the rest names the part of the weight's format
         placements[parameter] = placements_of(model.PLACEMENT, weight)
     return Region(name, module, inputs, num_outputs, placements, selection)
 
@@ -310,26 +324,28 @@ def _region(
 # ---------------------------------------------------------------------------------------------------------------- calls
 
 
-def _calls(model: CausalLM, regions: dict[str, Region]) -> tuple[Call, ...]:
+def calls_of(model: CausalLM, regions: dict[str, Region], outputs: tuple[str, ...]) -> tuple[Call, ...]:
+    """A step of a decoder, whose `last` region has these outputs."""
+
     def call(region: Region, layer: int, outputs: tuple[str, ...]) -> Call:
         own = {"key_cache": f"key_cache.{layer}", "value_cache": f"value_cache.{layer}"}
-        parameters = tuple(_model_name(name, layer, model) for name in region.parameter_names())
+        parameters = tuple(model_name(name, layer, model) for name in region.parameter_names())
         return Call(region.name, parameters, tuple(own.get(name, name) for name, _ in region.inputs), outputs)
 
     names = _layer_regions(model)
     return (
         call(regions["begin"], 0, ("hidden", "cos", "sin", "slots")),
         *[call(regions[name], index, ("hidden",)) for index, name in enumerate(names)],
-        call(regions["last"], len(names), ("sampled", "logits")),
+        call(regions["last"], len(names), outputs),
     )
 
 
-def _model_name(parameter: str, layer: int, model: CausalLM) -> str:
+def model_name(parameter: str, layer: int, model: CausalLM | Encoder) -> str:
     """The model's name of a region's parameter, in the call for this layer."""
     first, _, rest = parameter.partition(".")
     if first == "layer":
         return f"layers.{layer}.{rest}"
-    if first == "head":
+    if first == "head" and isinstance(model, CausalLM):
         return f"lm_head.{rest}" if model.lm_head is not None else rest
     return parameter
 

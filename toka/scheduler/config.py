@@ -29,6 +29,8 @@ class SchedulerConfig:
     early_stopping_margin: standard deviations that a predicted length is longer than the mean.
     use_hydragen: plans say which decode rows share a prefix. hydragen_min_group_size: rows that must share it.
     hydragen_min_prefix_len: tokens that it must have.
+    pools: requests end with their prompts, of which the steps give vectors; nothing is drawn. whole_prompts: a prompt is computed in one
+    step, since its tokens see those behind them; max_tokens_per_forward holds the longest, and blocks only count.
     """
 
     num_blocks: int
@@ -47,6 +49,8 @@ class SchedulerConfig:
     use_hydragen: bool = False
     hydragen_min_group_size: int = 32
     hydragen_min_prefix_len: int = 256
+    pools: bool = False
+    whole_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -62,6 +66,10 @@ class SchedulerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.whole_prompts and self.max_tokens_per_request - 1 > self.max_tokens_per_forward:
+            raise ConfigError(
+                f"max_tokens_per_forward={self.max_tokens_per_forward} must hold a prompt of {self.max_tokens_per_request - 1} tokens"
+            )
         if not 0.0 <= self.watermark < 1.0:
             raise ConfigError(f"watermark must be at least 0 and below 1, got {self.watermark}")
         if not (math.isfinite(self.early_stopping_margin) and self.early_stopping_margin >= 0.0):

@@ -45,7 +45,8 @@ class TokenOutputs:
     """The tokens of one committed step, one entry each, as StepOutputs packs them; see there.
 
     request_ids int64, token_ids int32, finish uint8 (FinishReason), cached int32; all [D], to be read only.
-    begun: (request id, time.perf_counter()) of requests of which the first step was planned meanwhile.
+    begun: (request id, time.perf_counter()) of requests of which the first step was planned meanwhile. vectors float32 [D, width], where
+    the engine pools.
     """
 
     request_ids: I64
@@ -55,6 +56,7 @@ class TokenOutputs:
     scores: ScoredTokens | None = None
     prompt_scores: ScoredTokens | None = None
     begun: tuple[tuple[int, float], ...] = ()
+    vectors: F32 | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -86,6 +88,7 @@ class TokenOutputs:
             begun_s=np.array([at_s for _, at_s in self.begun], dtype="<f8").tobytes(),
             scores=None if self.scores is None else self.scores.pack(),
             prompt_scores=None if self.prompt_scores is None else self.prompt_scores.pack(),
+            vectors=b"" if self.vectors is None else self.vectors.tobytes(),
         )
 
 

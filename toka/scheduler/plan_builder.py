@@ -8,6 +8,7 @@ from toka.params import MAX_STOP_TOKEN_IDS
 from toka.plan import I32, I64, BatchPlan, BlockTableChanges, RowSettings, SharedPrefixPlan
 from toka.scheduler.adjustments import adjustments_of
 from toka.scheduler.batching import (
+    NONE_FILLED,
     Chunk,
     DecodeSet,
     EndsWithoutToken,
@@ -21,6 +22,7 @@ from toka.scheduler.request_table import RequestTable
 from toka.scheduler.scoring import plan_scoring
 
 _NO_I32 = np.empty(0, dtype=np.int32)
+_NO_ROWS = np.empty(0, dtype=np.intp)
 _NO_F32 = np.empty(0, dtype=np.float32)
 NO_TABLE_CHANGES = BlockTableChanges(rows=_NO_I32, columns=_NO_I32, blocks=_NO_I32)
 NO_SETTINGS = RowSettings(
@@ -123,6 +125,37 @@ def build_mixed_plan(
         epoch=table.epoch,
         filled=filled,
         scoring=scoring_in_flight,
+        ends=EndsWithoutToken.of(chunks, table),
+    )
+    return plan, in_flight
+
+
+def build_pooling_plan(
+    step: int, chunks: list[Chunk], changes: BlockTableChanges, table: RequestTable
+) -> tuple[BatchPlan, StepInFlight]:
+    """A step of prompt chunks from which nothing is drawn; of those that end in it the vectors are wanted."""
+    rows = np.array([c.row for c in chunks], dtype=np.intp)
+    lens = np.array([c.stop - c.start for c in chunks], dtype=np.int32)
+    plan = BatchPlan(
+        step=step,
+        rows=rows.astype(np.int32),
+        query_start=np.concatenate((np.zeros(1, dtype=np.int32), np.cumsum(lens, dtype=np.int32))),
+        token_ids=np.concatenate([table.tokens[c.row, c.start : c.stop] for c in chunks]),
+        seq_lens=np.array([c.stop for c in chunks], dtype=np.int32),
+        samples=np.array([c.last for c in chunks], dtype=np.bool_),
+        table=changes,
+        settings=NO_SETTINGS,
+    )
+    in_flight = StepInFlight(
+        step=step,
+        num_rows=len(rows),
+        drawn=_NO_ROWS,
+        rows=_NO_ROWS,
+        request_ids=np.empty(0, dtype=np.int64),
+        num_cached_tokens=_NO_I32,
+        generations=_NO_I32,
+        epoch=table.epoch,
+        filled=NONE_FILLED,
         ends=EndsWithoutToken.of(chunks, table),
     )
     return plan, in_flight

@@ -36,6 +36,7 @@ from toka.scheduler.outputs import NOBODY_ENDS, ScoredTokens, TokenOutputs, ends
 from toka.scheduler.plan_builder import (
     build_decode_plan,
     build_mixed_plan,
+    build_pooling_plan,
     merge_table_changes,
 )
 from toka.scheduler.prefix_index import PrefixIndex
@@ -169,7 +170,9 @@ class Scheduler:
         step, merged, table = self._planned_step, merge_table_changes([*self._new_blocks, *changes]), self._table
         self._new_blocks = []
         shared = None if self._groups is None else self._groups.groups(decodes)
-        if chunks:
+        if self.config.pools:
+            plan, in_flight = build_pooling_plan(step, chunks, merged, table)
+        elif chunks:
             plan, in_flight = build_mixed_plan(step, decodes, seq_lens, chunks, merged, admitted, filled, shared, table)
         else:
             plan, in_flight = build_decode_plan(step, decodes, seq_lens, merged, filled, shared, table.epoch)
@@ -309,6 +312,8 @@ class Scheduler:
         self._outlook = None
         while budget > 0 and room > 0:
             head = self._waiting.head() if may_admit else None
+            if head is not None and self.config.whole_prompts and head.request.num_prompt_tokens > budget:
+                break
             if running and (head is None or running[0][0].priority <= head.request.rank.priority):
                 row = running.popleft()[1]
             elif head is not None:
@@ -522,11 +527,14 @@ class Scheduler:
         if np.count_nonzero(stops):
             finish[stops] = FinishReason.STOP
             self._stop(rows[stops].tolist())
+        vectors = None
         if step.ends is not None:
-            request_ids, sampled, finish, cached = self._with_ends(step.ends, request_ids, sampled, finish, cached)
+            kept = table.generation.take(step.ends.rows) == step.ends.generations
+            vectors = None if result.vectors is None else result.vectors[kept]
+            request_ids, sampled, finish, cached = _with_ends(step.ends, kept, request_ids, sampled, finish, cached)
         self._registrar.offer_filled(step.filled, step.num_rows)
         self._settle()
-        return TokenOutputs(request_ids, sampled, finish, cached, scores, prompt_scores)
+        return TokenOutputs(request_ids, sampled, finish, cached, scores, prompt_scores, vectors=vectors)
 
     def _scores_of(
         self, step: StepInFlight, result: StepResult, sampled: I32, wanted: npt.NDArray[np.bool_] | None
@@ -538,19 +546,6 @@ class Scheduler:
             raise InvariantError(f"step {step.step} was to give logprobs and gave none")
         scores = step.scoring.of_drawn(result.logprobs, step.request_ids, sampled, wanted)
         return scores, step.scoring.of_prompts(result.logprobs, len(sampled), self._table)
-
-    def _with_ends(
-        self, ends: EndsWithoutToken, request_ids: I64, sampled: I32, finish: npt.NDArray[np.uint8], cached: I32
-    ) -> tuple[I64, I32, npt.NDArray[np.uint8], I32]:
-        """The columns of a step's outputs with the requests that end without a token behind the others."""
-        kept = self._table.generation.take(ends.rows) == ends.generations
-        num_kept = np.count_nonzero(kept)
-        return (
-            np.concatenate((request_ids, ends.request_ids[kept])),
-            np.concatenate((sampled, np.full(num_kept, -1, dtype=np.int32))),
-            np.concatenate((finish, np.full(num_kept, FinishReason.LENGTH, dtype=np.uint8))),
-            np.concatenate((cached, ends.num_cached_tokens[kept])),
-        )
 
     def _stop(self, rows: list[int]) -> None:
         """End these rows by a stop token: results of steps already planned for them are dropped."""
@@ -711,3 +706,21 @@ class Scheduler:
 def _or_none(num_logprobs: int | None) -> int:
     """As the table's column says it."""
     return -1 if num_logprobs is None else num_logprobs
+
+
+def _with_ends(
+    ends: EndsWithoutToken,
+    kept: npt.NDArray[np.bool_],
+    request_ids: I64,
+    sampled: I32,
+    finish: npt.NDArray[np.uint8],
+    cached: I32,
+) -> tuple[I64, I32, npt.NDArray[np.uint8], I32]:
+    """The columns of a step's outputs with the requests that end without a token behind the others; kept: which of them are wanted."""
+    num_kept = np.count_nonzero(kept)
+    return (
+        np.concatenate((request_ids, ends.request_ids[kept])),
+        np.concatenate((sampled, np.full(num_kept, -1, dtype=np.int32))),
+        np.concatenate((finish, np.full(num_kept, FinishReason.LENGTH, dtype=np.uint8))),
+        np.concatenate((cached, ends.num_cached_tokens[kept])),
+    )

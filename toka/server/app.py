@@ -15,12 +15,14 @@ from toka.server import (
     batches,
     chat_completions,
     completions,
+    embeddings,
     files,
     health,
     messages,
     models,
     page,
     responses,
+    scores,
     tokenization,
 )
 from toka.server.batch_runner import BatchRunner
@@ -35,6 +37,8 @@ _FAMILIES = (
     chat_completions,
     responses,
     messages,
+    embeddings,
+    scores,
     abort,
     files,
     batches,

@@ -99,8 +99,8 @@ async def _token_prompts(serving: Serving, body: CompletionRequest) -> tuple[lis
     return token_prompts, []
 
 
-def prompts_of(prompt: Prompt) -> tuple[list[str], list[list[int]]]:
-    """The texts, or the token prompts, that `prompt` holds; one of the two is empty. RequestError if it mixes them."""
+def prompts_of(prompt: Prompt, param: str = "prompt") -> tuple[list[str], list[list[int]]]:
+    """The texts, or the token prompts, that `prompt` holds; one of the two is empty. RequestError naming param if it mixes them."""
     if isinstance(prompt, str):
         return [prompt], []
     kinds = {type(entry) for entry in prompt}
@@ -111,7 +111,7 @@ def prompts_of(prompt: Prompt) -> tuple[list[str], list[list[int]]]:
     if kinds == {list}:
         return [], prompt  # type: ignore[return-value]
     rule = "must not mix texts and token ids" if kinds else "must not be empty"
-    raise RequestError(f"prompt {rule}.", "prompt")
+    raise RequestError(f"{param} {rule}.", param)
 
 
 class _Replies:

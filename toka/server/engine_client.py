@@ -243,9 +243,10 @@ class EngineClient:
             for request_id, score in step.prompt_scores.entries():
                 if (scored := self._samples.get(request_id)) is not None:
                     scored[0].take_prompt_score(score)
-        scores = (
-            {} if step.scores is None else dict(step.scores.entries())
-        )  # one token a step, where they are asked for
+        if step.vectors:
+            self._spread_vectors(step)
+        # Where they are asked for, a request has one token a step.
+        scores = {} if step.scores is None else dict(step.scores.entries())
         for request_id, begun_s in zip(
             np.frombuffer(step.begun, "<i8").tolist(), np.frombuffer(step.begun_s, "<f8").tolist(), strict=True
         ):
@@ -271,6 +272,13 @@ class EngineClient:
         if over:
             self._forget(over)
         self._abort_ids(unwanted)
+
+    def _spread_vectors(self, step: StepOutputs) -> None:
+        request_ids = np.frombuffer(step.request_ids, "<i8").tolist()
+        vectors = np.frombuffer(step.vectors, "<f4").reshape(len(request_ids), -1)
+        for request_id, vector in zip(request_ids, vectors, strict=True):
+            if (entry := self._samples.get(request_id)) is not None:
+                entry[0].vector = vector
 
     def _reject(self, message: Rejected) -> None:
         entry = self._samples.get(message.request_id)

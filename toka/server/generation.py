@@ -18,6 +18,7 @@ from toka.errors import CapacityError, RequestError, TokaError
 from toka.messages import FinishReason, TokenLogprob
 from toka.metrics import Metrics, SampleTimes
 from toka.params import SamplingParams
+from toka.pooling import F32
 from toka.text.generated_text import GeneratedText
 from toka.text.held_scores import HeldScores, ScoredToken
 from toka.text.reply_parts import Part
@@ -54,6 +55,7 @@ class Sample:
     reader: reads its text as a reply, where that is wanted. token_ids: all that were generated. begun_s, first_token_s: when the engine
     planned its first step, and when its first token came (time.perf_counter()); nan before. last_token_s: when the latest came; the
     request's start before.
+    vector: its prompt's, where the engine pools; then there is no token.
     """
 
     __slots__ = (
@@ -70,6 +72,7 @@ class Sample:
         "reader",
         "scores",
         "token_ids",
+        "vector",
     )
 
     def __init__(
@@ -90,6 +93,7 @@ class Sample:
         self.token_ids: list[int] = []
         self._held_scores = None if sampling.logprobs is None else HeldScores()
         self.scores: list[ScoredToken] = []
+        self.vector: F32 | None = None
         self.index = index
         self.num_cached_tokens = 0
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from toka.server.pooling_schemas import EmbeddingRequest, RerankRequest, ScoreRequest
+
 MAX_TOOLS = 128
 
 # ------------------------------------------------------------------------------------------------------------- requests
@@ -574,6 +576,9 @@ NEUTRAL_VALUES: dict[type[msgspec.Struct], dict[str, tuple[Any, ...]]] = {
     DetokenizeRequest: {},
     AbortRequest: {},
     BatchRequest: {"output_expires_after": ()},
+    EmbeddingRequest: {"metadata": ({},)},
+    ScoreRequest: {},
+    RerankRequest: {"rank_fields": ([],), "max_tokens_per_doc": (), "max_chunks_per_doc": ()},
 }
 
 # Fields of old, and what to say instead.

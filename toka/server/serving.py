@@ -42,7 +42,7 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_CHARS = 1024
 MAX_SESSION_ID_CHARS = 256
 MAX_DEADLINE_S = 86400.0
-_INLINE = 4096  # characters to tokenize or tokens to decode; more is done in a thread, so that the streams of others do not wait
+INLINE = 4096  # characters to tokenize or tokens to decode; more is done in a thread, so that the streams of others do not wait
 
 
 @dataclass
@@ -119,13 +119,21 @@ class Serving:
         def work() -> list[list[int]]:
             return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
 
-        return work() if sum(map(len, texts)) <= _INLINE else await asyncio.to_thread(work)
+        return work() if sum(map(len, texts)) <= INLINE else await asyncio.to_thread(work)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        if len(token_ids) <= _INLINE:
+        if len(token_ids) <= INLINE:
             return self.tokenizer.decode(token_ids, skip_special_tokens=False)
         return await asyncio.to_thread(self.tokenizer.decode, token_ids, skip_special_tokens=False)
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], param: str, vocab_size: int) -> None:
+        """Raise RequestError naming param if a prompt is empty, longer than the server takes, or holds an id that is none."""
+        for prompt in prompts:
+            if not prompt:
+                raise RequestError(f"{param} must hold at least one token.", param)
+            self._check_length(len(prompt), param)
+            self.check_token_ids(prompt, param, vocab_size)
 
     def check_token_ids(self, token_ids: Sequence[int], param: str, vocab_size: int) -> None:
         """Raise RequestError naming param unless all ids are those of the vocabulary."""
@@ -166,14 +174,15 @@ class Serving:
         Raises RequestError naming the field at fault, CapacityError when the server is full.
         """
         ready = self.check_admission()
+        if ready.pooling is not None:
+            raise RequestError(
+                "This server runs a model that generates no text; use /v1/embeddings, /v1/score or /v1/rerank.",
+                code="wrong_task",
+            )
         if fields.max_tokens == 0 and not may_generate_nothing:
             raise RequestError("max_tokens must be at least 1, or 0 with echo or prompt_logprobs.", "max_tokens")
         sampling = self._sampling(fields, default_max_tokens, logprobs, prompt_logprobs, structured)
-        for prompt in prompts:
-            if not prompt:
-                raise RequestError(f"{prompt_param} must hold at least one token.", prompt_param)
-            self._check_length(len(prompt), prompt_param)
-            self.check_token_ids(prompt, prompt_param, ready.vocab_size)
+        self.check_prompts(prompts, prompt_param, ready.vocab_size)
         self.check_token_ids(sampling.stop_token_ids, "stop_token_ids", ready.vocab_size)
         self.check_token_ids([token for token, _ in sampling.logit_bias], "logit_bias", ready.vocab_size)
         per_prompt = [_fit(sampling, len(prompt), ready.max_request_tokens, prompt_param) for prompt in prompts]
@@ -232,6 +241,34 @@ class Serving:
         )
         context.generations.append(generation)
         self.running.add(context, generation)
+        return generation
+
+    def submit_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        param: str,
+        priority: int,
+        start_time: float,
+    ) -> Generation:
+        """Hand prompts to an engine that pools; a sampling that draws nothing is for all of them.
+
+        Raises RequestError naming param, CapacityError when the server is full.
+        """
+        for prompt in prompts:
+            if not prompt:
+                raise RequestError(f"{param} must hold at least one token.", param)
+            self._check_length(len(prompt), param)
+        self._check_room(len(prompts), param)
+        self._check_queue(sum(map(len, prompts)), param)
+        priority = _in_range(priority, "priority", LEAST_PRIORITY, 2**31 - 1)
+        per_prompt = [sampling] * len(prompts)
+        generation = self._new_generation(
+            prompts, per_prompt, prompt_param=param, start_time=start_time, streaming=False
+        )
+        priority = max(priority, current.get().least_priority)
+        self.engine.submit(generation, prompts, per_prompt, stop_token_ids=(), priority=priority)
         return generation
 
     def _sampling(

@@ -101,6 +101,28 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_cut(self, text: str, max_tokens: int) -> list[int]:
+        """As `encode` with special tokens; the text's own tokens are cut at the end so that max_tokens are left in all."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding.truncate(max(max_tokens - self._backend.num_special_tokens_to_add(False), 0))
+        ids: list[int] = self._backend.post_process(encoding).ids
+        return ids
+
+    def encode_pair(self, first: str, second: str, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
+        """Token ids of two texts, joined as the model wants them, and their types: 1 for the second text's.
+
+        max_tokens: so many are left in all: the longer text is cut at its end until both are equally long, then both; None: cut nothing.
+        """
+        one, other = (self._backend.encode(text, add_special_tokens=False) for text in (first, second))
+        if max_tokens is not None:
+            room = max(max_tokens - self._backend.num_special_tokens_to_add(True), 0)
+            short, long = sorted((one, other), key=len)
+            kept = min(len(short), room // 2)
+            short.truncate(kept)
+            long.truncate(room - kept)
+        joined = self._backend.post_process(one, other)
+        return joined.ids, joined.type_ids
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; bytes that are no valid UTF-8 become U+FFFD."""
         of_token = self.token_bytes if skip_special_tokens else self._bytes_of
@@ -173,9 +195,10 @@ class _DecoderStyle:
         steps = _decoder_steps(backend)
         kinds = {step["type"] for step in steps}
         self._byte_level = "ByteLevel" in kinds
-        if not self._byte_level and not kinds & {"ByteFallback", "Metaspace", "Replace"}:
+        self._continuing = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), None)
+        if not self._byte_level and self._continuing is None and not kinds & {"ByteFallback", "Metaspace", "Replace"}:
             raise ConfigError(f"the tokenizer's decoder ({', '.join(sorted(kinds)) or 'none'}) is not supported")
-        self.strips_first_space = any(
+        self.strips_first_space = self._continuing is not None or any(
             (step["type"] == "Strip" and step["content"] == " " and step["start"] == 1)
             or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
             for step in steps
@@ -187,6 +210,9 @@ class _DecoderStyle:
             if all(char in table for char in token):
                 return bytes(table[char] for char in token)
             return token.encode()
+        if self._continuing is not None:  # a word piece: it goes on from the one before, or begins a word
+            is_first = not token.startswith(self._continuing)
+            return (" " + token if is_first else token.removeprefix(self._continuing)).encode()
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes((int(token[3:5], 16),))
         return token.replace("▁", " ").encode()

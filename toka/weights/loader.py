@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,8 +33,16 @@ class LoadableModel(Protocol):
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
 
+    def look_at(self, names: Collection[str]) -> None:
+        """Told the names of the checkpoint's tensors, before all else."""
+        ...
+
     def checkpoint_name(self, weight: str) -> str:
         """The name that a checkpoint gives to the weight of this name."""
+        ...
+
+    def ignores(self, name: str) -> bool:
+        """Whether the checkpoint may hold this tensor without the model's using it."""
         ...
 
     def duplicate_of(self, name: str) -> str | None:
@@ -59,6 +67,7 @@ def load_weights(
     needed for each of at most four readers. Raises ConfigError (one line naming tensor, shapes and file) if the checkpoint does not fit.
     """
     device = torch.device(device)
+    model.look_at(reader.tensors.keys())
     weights = {
         model.checkpoint_name(name): module for name, module in model.named_modules() if isinstance(module, Weight)
     }
@@ -97,6 +106,8 @@ def _check_names(model: LoadableModel, reader: CheckpointReader, weights: dict[s
 
 
 def _is_known(model: LoadableModel, reader: CheckpointReader, name: str) -> bool:
+    if model.ignores(name):
+        return True
     original = model.duplicate_of(name)
     if original is None:
         return any(fnmatchcase(name, pattern) for pattern in _NOT_WEIGHTS)

@@ -81,6 +81,7 @@ class LLM:
     """A model, loaded, compiled and warm. Not thread-safe. Flags are those of `toka key=value`, as keyword arguments, but for the server's.
     Make it before anything imports torch, or set OMP_NUM_THREADS and GOMP_SPINCOUNT yourself: torch reads them once.
 
+    report: what the warmup found, with plain types only (phases, buckets, kernels, memory in bytes).
     Raises ConfigError for a wrong flag, checkpoint or machine. Call `close()` (or use `with`) to free the model.
     """
 
@@ -98,6 +99,7 @@ class LLM:
         source = locate(config.model, config.tokenizer, cache, offline=hub_offline())
         self._engine, ready = build_engine(config, source, quiet=quiet)
         self._pooling, self._max_prompt_tokens = ready.pooling, ready.max_request_tokens
+        self.report = ready.report
         self.tokenizer = Tokenizer.load(source.tokenizer_path, read_hf_config(source)["eos_token_id"])
         self.model_name = source.name
         self._request_ids = itertools.count(1)

@@ -198,8 +198,8 @@ def table_bytes(sizes: RunnerSizes, device: torch.device) -> int:
     nowhere = torch.device("meta")
     tables = sizes.tables(nowhere)
     masks = 0 if device.type == "cpu" else sizes.masks(nowhere).num_bytes
-    kept = (*tables.values().values(), *sizes.adjustments(nowhere).values().values(), *sizes.sums(nowhere).values())
-    return sizes.buffers(tables, nowhere).num_bytes + memory.tensor_bytes(kept) + masks
+    kept = memory.tensor_bytes((*tables.values().values(), *sizes.sums(nowhere).values()))
+    return sizes.buffers(tables, nowhere).num_bytes + kept + sizes.adjustments(nowhere).num_bytes + masks
 
 
 def _facts(device: KnownDevice) -> DeviceFacts:

@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from toka.kernels.triton.compile_case import CompileCase, signature_of
+from toka.kernels.triton.tuning import COMPILE_OPTIONS
 
 _PARTS = 16  # programs that share the tokens of one row
 _CONSTANTS = {"POSITIONS": 256, "CHUNK": 2048}
-_OPTIONS = {"num_warps": 4, "num_stages": 1}
+_OPTIONS = {"num_warps": 4, "num_stages": 1, **COMPILE_OPTIONS}
 
 
 @triton.jit
@@ -156,7 +157,7 @@ def adjust_logits(
     adjusted_SV = torch.empty((num_places, vocab_size), dtype=torch.float32, device=logits_SV.device)
     if num_places == 0:
         return adjusted_SV
-    counts_SV = torch.zeros((num_places, vocab_size), dtype=torch.int32, device=logits_SV.device)
+    counts_SV = torch.empty((num_places, vocab_size), dtype=torch.int32, device=logits_SV.device).zero_()
     tokens = (token_of_slot, block_table)
     count_kernel[(num_places, _PARTS)](
         counts_SV,

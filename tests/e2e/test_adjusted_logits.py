@@ -108,7 +108,13 @@ def test_logprobs_are_the_models_own(
 def test_preempted_requests_go_on_as_if_nothing_had_happened(
     smollm2: ModelSource, smollm2_llm: LLM, smollm2_reference, prompts: list[list[int]], settings: list[SamplingParams]
 ) -> None:
-    flags = {"kv_cache_num_tokens": 512, "max_tokens_per_forward": 48, "max_seqs_per_forward": 8, "quiet": True}
+    flags = {
+        "kv_cache_num_tokens": 512,
+        "max_tokens_per_forward": 48,
+        "max_seqs_per_forward": 8,
+        "quantize": "none",
+        "quiet": True,
+    }
     with LLM(str(smollm2.path), scheduling_steps_ahead=3, **flags) as llm:
         unforeseen = dataclasses.replace(llm._engine.scheduler.config, admission="when_free")
         llm._engine.scheduler = Scheduler(unforeseen)

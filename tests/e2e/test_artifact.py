@@ -73,7 +73,7 @@ def test_the_dump_has_a_graph_and_a_difference_for_each_pass(artifact: Path) -> 
         for (before, after), change in zip(itertools.pairwise(graphs), changes, strict=True):
             assert bool(change.strip()) == (before != after)
     merged = (artifact / "dump" / "layer_full" / "03-merge_linears.diff").read_text()
-    lines = [line for line in merged.splitlines() if "aten.linear" in line]
+    lines = [line for line in merged.splitlines() if "toka.linear_quantised" in line]
     assert (sum(line.startswith("-") for line in lines), sum(line.startswith("+") for line in lines)) >= (5, 2)
 
 
@@ -102,7 +102,7 @@ def test_it_says_why_each_kernel_was_chosen(
     assert main(["compile", f"model={smollm2.path}", *words]) == 0
     said = capsys.readouterr().out
     assert f"artifact: {Config().cache_path()}" in said
-    for op in ("linear", "paged_attention", "rope_write_kv", "sample"):
+    for op in ("linear_quantised", "paged_attention", "rope_write_kv", "sample"):
         assert any(line.split()[0] == op and "cpp, priority 10" in line for line in said.splitlines() if line.strip())
 
 

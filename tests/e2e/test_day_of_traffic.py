@@ -44,7 +44,13 @@ def server(smollm2: ModelSource) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # A cache that holds 24 prompts of full length, so that requests wait and are preempted.
-    flags = [f"model={smollm2.path}", f"port={port}", "kv_cache_num_tokens=36000", "stats_report_seconds=0"]
+    flags = [
+        f"model={smollm2.path}",
+        f"port={port}",
+        "quantize=none",
+        "kv_cache_num_tokens=36000",
+        "stats_report_seconds=0",
+    ]
     process = subprocess.Popen([sys.executable, "-m", "toka", *flags])
     try:
         deadline = time.monotonic() + READY_TIMEOUT_S

@@ -46,7 +46,13 @@ def test_alone_together_and_from_the_cache(
 
 
 def test_chunked_prefill_and_preemption(smollm2: ModelSource, smollm2_reference, prompts: list[list[int]]) -> None:
-    flags = {"kv_cache_num_tokens": 1024, "max_tokens_per_forward": 48, "max_seqs_per_forward": 16, "quiet": True}
+    flags = {
+        "kv_cache_num_tokens": 1024,
+        "max_tokens_per_forward": 48,
+        "max_seqs_per_forward": 16,
+        "quantize": "none",
+        "quiet": True,
+    }
     with LLM(str(smollm2.path), **flags) as llm:
         # The forecast knows better than to let all of them begin; without it they run out of blocks.
         unforeseen = dataclasses.replace(llm._engine.scheduler.config, admission="when_free")

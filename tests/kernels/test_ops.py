@@ -88,11 +88,19 @@ def product_arguments(op: str, num_rows: int) -> tuple[Any, ...]:
     x, weight, bias = torch.randn(num_rows, 12), torch.randn(VOCAB_SIZE, 12), torch.randn(VOCAB_SIZE)
     ids = torch.arange(num_rows, dtype=torch.int32)
     panels = torch.ops.toka.pack_linear(weight)
+    rows = torch.randn(num_rows, 16)
+    codes, scales = torch.randint(256, (VOCAB_SIZE, 8), dtype=torch.uint8), torch.rand(VOCAB_SIZE, 2).half()
+    quantised = torch.ops.toka.pack_quantised(4, codes, scales, -scales)
     return {
         "linear": (x, weight, bias),
         "pack_linear": (weight,),
         "linear_packed": (x, panels, bias, VOCAB_SIZE),
         "embedding_packed": (ids, panels),
+        "linear_quantised": (rows, codes, scales, -scales, bias, 4, True),
+        "embedding_quantised": (ids, codes, scales, -scales, 4, torch.float32),
+        "pack_quantised": (4, codes, scales, -scales),
+        "linear_quantised_packed": (rows, quantised, bias, VOCAB_SIZE, 4, 2, True, True),
+        "embedding_quantised_packed": (ids, quantised, 16, 4, 2, True, torch.float32),
         "merge_attention": (torch.randn(3, num_rows, 4, 8), torch.randn(3, num_rows, 4)),
         "sparse_logits": (x, weight, torch.stack([ids, ids - 1], dim=1)),
         "token_logprobs": (torch.randn(num_rows, VOCAB_SIZE), ids - 1, 3),

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toka.kernels.triton.library import MODULES, implementation
 from toka.kernels.triton.tuning import Capability
+from toka.params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIASES
 
 NUM_TOKENS, NUM_ROWS, MAX_ROWS, VOCAB_SIZE = 24, 5, 8, 128_259
 
@@ -55,6 +56,22 @@ def arguments(op: str) -> tuple[Any, ...]:
         "sparse_logits": (floats(NUM_ROWS, 512), floats(VOCAB_SIZE, 512), ints(NUM_ROWS, 21)),
         "sample": (floats(NUM_ROWS, VOCAB_SIZE), ints(NUM_ROWS), ints(NUM_ROWS), *table),
         "token_logprobs": (floats(NUM_ROWS, VOCAB_SIZE), ints(NUM_ROWS), 20),
+        "adjust_logits": (
+            *(
+                floats(NUM_ROWS, VOCAB_SIZE),
+                ints(NUM_ROWS),
+                ints(NUM_ROWS),
+                ints(160),
+                ints(MAX_ROWS, 300),
+                ints(MAX_ROWS),
+            ),
+            *(floats(MAX_ROWS, 3, dtype=torch.float32), ints(MAX_ROWS, MAX_LOGIT_BIASES)),
+            *(
+                floats(MAX_ROWS, MAX_LOGIT_BIASES, dtype=torch.float32),
+                ints(MAX_ROWS, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS),
+                16,
+            ),
+        ),
     }[op]
 
 

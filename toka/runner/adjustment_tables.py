@@ -42,6 +42,11 @@ class AdjustmentTables:
         """The tables by the names that the step graph knows them under."""
         return {**self._tables, "token_of_slot": self._token_of_slot}
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tables of rows. What is kept of slots comes with the KV cache, of which it is some thousandths."""
+        return sum(table.nbytes for table in self._tables.values())
+
     def attach(self, num_blocks: int) -> None:
         """There is a KV cache of so many blocks now."""
         self._token_of_slot = torch.zeros(num_blocks * self._block_size, dtype=torch.int32, device=self._device)

@@ -170,8 +170,8 @@ class ModelRunner:
     @property
     def table_bytes(self) -> int:
         """Size of the step's inputs and of the tables that stay on the device."""
-        tables = (*self._tables.values().values(), *self._adjustments.values().values(), *self._sums.values())
-        of_rows = sum(tensor.nbytes for tensor in tables)
+        tables = (*self._tables.values().values(), *self._sums.values())
+        of_rows = sum(tensor.nbytes for tensor in tables) + self._adjustments.num_bytes
         return self._buffers.num_bytes + of_rows + self._masks.num_bytes
 
     def attach(self, cache: KVCache) -> None:

@@ -104,13 +104,15 @@ def _measure(
     bucket, block_size = next(coverage.buckets(runner)), setup.config.block_size
     num_blocks = bucket.num_rows + -(-bucket.num_tokens // block_size) + SHARED_PREFIX_STEP
     max_rows, max_tokens = runner.sizes.max_rows, runner.sizes.max_blocks_per_row * block_size
-    plan = coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True, scored=setup.pooling is None)
+    generates = setup.pooling is None
+    plan = coverage.dummy_plan(bucket, num_blocks, block_size, sampled=True, scored=generates, late=generates)
+    masks = coverage.dummy_masks(runner.sizes.vocab_size)
 
     def run() -> None:
         if runner.sizes.max_shared_groups and max_tokens > 2 * SHARED_PREFIX_STEP:
             shared = coverage.shared_prefix_plan(max_rows, num_blocks, block_size)
             runner.warm(shared, runner.bucket_for(max_rows, max_rows))
-        runner.run(plan)
+        runner.run(plan, lambda: masks)
 
     cache = KVCache(shape, num_blocks, setup.device)
     for tensor in (*cache.keys, *cache.values):

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 GSM8K = HERE.parents[1] / "shared" / "data" / "gsm8k" / "test_first660.jsonl"
 FORMATS: dict[str, dict[str, Any]] = {
     "float32": {"quantize": "none"},
-    "as stored (gguf_q4_1, head gguf_q8_0)": {"quantize": "auto"},
+    "as stored": {"quantize": "auto"},
     "as stored, float activations": {"quantize": "auto", "int8_activations": False},
     **{
         name: {"quantize": name, "quantize_lm_head": True}

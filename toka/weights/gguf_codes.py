@@ -15,7 +15,7 @@ from torch import Tensor
 from toka.errors import ConfigError
 from toka.weights.gguf_reader import GgufReader
 from toka.weights.integer_codes import CodedRows, IntegerCodes
-from toka.weights.weight import CheckpointReader
+from toka.weights.weight import CheckpointReader, check_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,7 @@ class GgufCodes(IntegerCodes):
             raise ConfigError(
                 f"Tensor {name!r} in {entry.file} is stored as {entry.encoding}, not as {self.type_name}."
             )
-        if entry.shape != shape:
-            raise ConfigError(
-                f"Tensor {name!r} in {entry.file} has shape {list(entry.shape)}, the model's configuration expects {list(shape)}."
-            )
+        check_shape(entry, name, shape)
 
     def read_rows(
         self, reader: CheckpointReader, name: str, shape: tuple[int, ...], start: int, stop: int

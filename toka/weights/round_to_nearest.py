@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toka.errors import ConfigError
 from toka.weights.integer_codes import CodedRows, IntegerCodes
-from toka.weights.weight import CheckpointReader
+from toka.weights.weight import CheckpointReader, check_shape
 
 # Shares of a group's range that are tried; values outside are clipped. The one with the smallest squared error is taken.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)
@@ -24,10 +24,7 @@ class RoundToNearest(IntegerCodes):
 
     def check_source(self, reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> None:
         entry = reader.tensors[name]
-        if entry.shape != shape:
-            raise ConfigError(
-                f"Tensor {name!r} in {entry.file} has shape {list(entry.shape)}, the model's configuration expects {list(shape)}."
-            )
+        check_shape(entry, name, shape)
         if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
             raise ConfigError(
                 f"quantize={self.name}: tensor {name!r} in {entry.file} is stored as {entry.encoding}, which is quantised already; "

@@ -124,10 +124,7 @@ class Dense:
         piece: Piece | None,
     ) -> None:
         entry = reader.tensors[name]
-        if entry.shape != shape:
-            raise ConfigError(
-                f"Tensor {name!r} in {entry.file} has shape {list(entry.shape)}, the model's configuration expects {list(shape)}."
-            )
+        check_shape(entry, name, shape)
         if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
             raise ConfigError(
                 f"Tensor {name!r} in {entry.file} is stored as {entry.encoding}, which is not a plain floating-point type "
@@ -210,6 +207,14 @@ class ComputesBuffers(Protocol):
     def compute_buffers(self, device: torch.device) -> None:
         """Set every buffer to its value, on the device."""
         ...
+
+
+def check_shape(entry: TensorEntry, name: str, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError unless the checkpoint's tensor `name` has the shape that the model expects."""
+    if entry.shape != shape:
+        raise ConfigError(
+            f"Tensor {name!r} in {entry.file} has shape {list(entry.shape)}, the model's configuration expects {list(shape)}."
+        )
 
 
 def row_chunks(rows: slice, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -175,10 +175,10 @@ _INT = torch.int32
 
 def regions_before_last(model: CausalLM, dtype: torch.dtype, block_size: int) -> dict[str, Region]:
     """`begin` and one region for each kind of layer that is not the last, by name."""
-    layers = {
-        name: _layer_region(model, name, layer, dtype, block_size)
-        for name, layer in zip(_layer_regions(model), list(model.layers)[:-1], strict=True)
-    }
+    of_region = dict(
+        zip(_layer_regions(model), list(model.layers)[:-1], strict=True)
+    )  # any one of the layers that share it
+    layers = {name: _layer_region(model, name, layer, dtype, block_size) for name, layer in of_region.items()}
     return {"begin": _begin_region(model, block_size), **layers}
 
 
